@@ -1,0 +1,314 @@
+"""The typed sections of an experiment.
+
+A configuration file is FedML's YAML. FedML's own sections hold flat FedML keys; each of our
+sections holds exactly one mapping, so that ``fedml.load_arguments`` still reads the file::
+
+    train_args:
+      federated_optimizer: FedMosaic
+      comm_round: 8
+    adapter_args:
+      adapter: {type: auto, rank: 16}
+
+Field constraints are checked by pydantic; relations between fields in ``__post_init__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CommonArgs:
+    """FedML's ``common_args``."""
+
+    training_type: Literal["simulation", "cross_silo"] = "simulation"
+    """How FedML runs the job."""
+    random_seed: NonNegativeInt = 0
+    """Root seed: the same seed gives the same result on any number of ranks."""
+    config_version: str | None = None
+    """Accepted because FedML's own files have it; unused."""
+    scenario: Literal["horizontal"] | None = None
+    """FedML's cross-silo scenario; unused in simulation."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainArgs:
+    """FedML's ``train_args``."""
+
+    federated_optimizer: str = "FedMosaic"
+    """Strategy, in FedML's spelling; compared without case to the strategy names."""
+    client_num_in_total: PositiveInt | None = None
+    """Number of clients; must equal the scenario's when given."""
+    client_num_per_round: PositiveInt | None = None
+    """Clients drawn per round; all when omitted."""
+    comm_round: PositiveInt = 8
+    """Communication rounds."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DeviceArgs:
+    """FedML's ``device_args``."""
+
+    using_gpu: bool = False
+    """Train on the first visible accelerator."""
+    gpu_id: NonNegativeInt = 0
+    """Which accelerator, when ``using_gpu`` is true."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; all visible cores when omitted."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CommArgs:
+    """FedML's ``comm_args``."""
+
+    backend: Literal["sp", "MPI"] = "sp"
+    """``sp``: one process. ``MPI``: clients spread over the ranks of one MPI job."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrackingArgs:
+    """FedML's ``tracking_args``; everything off, because no run opens a socket."""
+
+    enable_tracking: Literal[False] = False
+    """FedML's own tracking needs an account and the internet."""
+    using_mlops: Literal[False] = False
+    """The same."""
+    enable_wandb: Literal[False] = False
+    """Weights & Biases needs the internet."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """``data_args: {data: ...}``: scenario, samples and their order in time."""
+
+    source: str = "quickstart"
+    """Data set shelf member: ``quickstart`` (bundled) or ``drake`` (published layout)."""
+    root: str | None = None
+    """Folder that holds ``dataset/<name>/{train,test}/dataset-<subset>.json``."""
+    scenario: str | None = None
+    """Scenario JSON: a path, or a name known to the data set."""
+    split: Literal["static", "dynamic"] = "dynamic"
+    """PFL-Static: tasks shuffled together. PFL-Dynamic: tasks arrive in scenario order."""
+    rounds_per_task: PositiveFloat | None = None
+    """Rounds per task; ``comm_round / tasks`` when omitted. May be fractional if dynamic."""
+    stream: Literal["memory", "stream_only"] = "memory"
+    """Online memory sampling (spec A.4.3) or the samples in order of arrival."""
+    memory_size: PositiveInt = 100_000
+    """Capacity of a client's online memory, in samples."""
+    max_train_samples: PositiveInt | None = None
+    """Upper bound of training samples per task and client."""
+    max_test_samples: PositiveInt | None = None
+    """Upper bound of test samples per task."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelSpec:
+    """One entry of ``model_args: {models: ...}``."""
+
+    path: str
+    """``bundled:<name>``, a folder, or a Hugging Face model id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the frozen base weights; adapters are float32."""
+    size: str | None = None
+    """Label for tables, e.g. ``1B``; counted from the parameters when omitted."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AdapterConfig:
+    """``adapter_args: {adapter: ...}``: where adapters sit and how large they are."""
+
+    type: str = "auto"
+    """Adapter shelf member; ``auto`` takes the one the strategy trains."""
+    rank: PositiveInt = 16
+    """LoRA rank r."""
+    alpha: PositiveFloat = 32.0
+    """LoRA alpha; the scaling is alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    num_blocks: PositiveInt = 4
+    """Blocks per model (N_B); the last layer of each block carries PQ-LoRA."""
+    gate: Literal["scalar", "input"] = "scalar"
+    """How local and global branch are balanced (spec A.1.3, D1)."""
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Linears of every decoder layer that carry an adapter."""
+    alignment: str | None = None
+    """Folder with aligned A and B per model; ``bundled`` takes the ones beside bundled models."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimConfig:
+    """``optim_args: {optim: ...}``: local training."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Learning rate of A and B."""
+    pq_learning_rate: PositiveFloat = 5e-5
+    """Learning rate of P, Q and the gate (spec D2)."""
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Learning rate of the last round relative to the first; linear over the rounds."""
+    num_steps: PositiveInt = 100
+    """Optimizer steps per round at the cost of plain training; strategies spend their share."""
+    batch_size: PositiveInt = 4
+    """Samples per micro-batch."""
+    grad_accumulation: PositiveInt = 1
+    """Micro-batches per optimizer step."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Within a round; cosine has 10 % warm-up and ends at 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: PositiveFloat | None = None
+    """Gradient clipping by norm; none when omitted."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SketchConfig:
+    """``sketch_args: {sketch: ...}``: the sanitised proxy gradient (spec A.3.1)."""
+
+    proxy: str | None = None
+    """Model whose gradients are compared: a name from ``models``; the smallest when omitted."""
+    frequency: PositiveInt = 10
+    """Optimizer steps between two gradients (m)."""
+    schedule: Literal["regular", "official"] = "regular"
+    """``regular``: updates 1, 1+m, ..; ``official``: the reference code's irregular one (D7)."""
+    samples: Literal["update", "last"] = "update"
+    """Samples per gradient: the whole update's, or one as in the reference code (D8)."""
+    jacobian: Literal["exact", "diagonal"] = "exact"
+    """RMSNorm Jacobian: exact, or the reference code's diagonal form (D6)."""
+    rows: Literal["random", "first"] = "random"
+    """Which rows of the gradient are kept: random with a shared seed, or the first (D9)."""
+    row_fraction: Fraction = 0.4
+    """Fraction of rows kept (rho)."""
+    clip_norm: PositiveFloat | None = None
+    """Frobenius norm to which each gradient is clipped before the noise; none when omitted."""
+    noise: Literal["gaussian", "laplace", "none"] = "gaussian"
+    """Noise on every kept entry; Laplace takes ``noise_std`` as its scale."""
+    noise_std: NonNegativeFloat = 1e-4
+    """Noise level (sigma)."""
+    columns: PositiveInt | None = None
+    """Compress to this many columns by a shared random projection; none when omitted."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Weight of the previous sketch in the running average."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvalConfig:
+    """``eval_args: {evaluation: ...}``."""
+
+    mode: Literal["generate", "likelihood"] = "generate"
+    """Greedy generation with multi-choice parsing, or ranking of the choices by likelihood."""
+    batch_size: PositiveInt = 64
+    """Samples per evaluation batch."""
+    max_new_tokens: PositiveInt = 16
+    """Length limit of generated answers."""
+    every: NonNegativeInt = 1
+    """Evaluate Self every so many rounds; 0 means only after the last."""
+    round_samples: PositiveInt | None = None
+    """Test samples per task in the evaluations between rounds; all when omitted."""
+    others: bool = True
+    """After the last round, evaluate every client on every task (Others)."""
+    views: tuple[Literal["local", "global", "gated"], ...] = ()
+    """Further views to report after the last round, beside the strategy's own."""
+    compare: tuple[str, ...] = ("local",)
+    """Strategies to run beside the main one at equal compute, for the table."""
+    base: bool = True
+    """Evaluate the untouched base models, for the table."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """``run_args: {run: ...}``: where results go."""
+
+    root: str = "runs"
+    """Folder that holds the run folders."""
+    name: str | None = None
+    """Name of the run folder; strategy, data set and a counter when omitted."""
+    save_every: PositiveInt = 1
+    """Rounds between two checkpoints."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    tensorboard: bool = False
+    """Write TensorBoard files."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PrivacyConfig:
+    """``dp_args``: FedML's differential privacy, in FedML's flat spelling."""
+
+    enable_dp: bool = False
+    """Noise on updates through FedML's hooks."""
+    dp_solution_type: Literal["ldp", "cdp"] = "ldp"
+    """Local (each client) or central (server)."""
+    mechanism_type: Literal["laplace", "gaussian"] = "gaussian"
+    """Noise mechanism."""
+    epsilon: PositiveFloat = 0.5
+    """FedML's epsilon."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """FedML's delta."""
+    sensitivity: PositiveFloat = 1.0
+    """FedML's sensitivity."""
+    clipping_norm: PositiveFloat | None = None
+    """Clipping norm of the central mechanism."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Experiment:
+    """A whole run: frozen, validated, written into the run folder."""
+
+    common: CommonArgs = Field(default_factory=CommonArgs)
+    train: TrainArgs = Field(default_factory=TrainArgs)
+    device: DeviceArgs = Field(default_factory=DeviceArgs)
+    comm: CommArgs = Field(default_factory=CommArgs)
+    tracking: TrackingArgs = Field(default_factory=TrackingArgs)
+    dp: PrivacyConfig = Field(default_factory=PrivacyConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    models: Mapping[str, ModelSpec] = Field(default_factory=dict)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    sketch: SketchConfig = Field(default_factory=SketchConfig)
+    strategy: Mapping[str, Any] = Field(default_factory=dict)
+    """Options of the strategy, checked against the strategy's own ``Options``."""
+    evaluation: EvalConfig = Field(default_factory=EvalConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @property
+    def algo(self) -> str:
+        """Registry name of the strategy."""
+        return self.train.federated_optimizer.lower()
+
+
+SECTION_OF: Mapping[str, tuple[str, str | None]] = {
+    # field of Experiment: (YAML section, key inside it; None = the section's own flat keys)
+    "common": ("common_args", None),
+    "train": ("train_args", None),
+    "device": ("device_args", None),
+    "comm": ("comm_args", None),
+    "tracking": ("tracking_args", None),
+    "dp": ("dp_args", None),
+    "data": ("data_args", "data"),
+    "models": ("model_args", "models"),
+    "adapter": ("adapter_args", "adapter"),
+    "optim": ("optim_args", "optim"),
+    "sketch": ("sketch_args", "sketch"),
+    "strategy": ("strategy_args", "strategy"),
+    "evaluation": ("eval_args", "evaluation"),
+    "run": ("run_args", "run"),
+}

@@ -1,0 +1,130 @@
+"""What happens in a run, as typed events; consumers (progress, metrics, plots) are sinks.
+
+The runtime emits; nobody below it does. One line of ``metrics.jsonl`` is ``to_record(event)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all events; ``strategy`` says which part of the run it belongs to."""
+
+    strategy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Event):
+    """Before round 1 of one strategy."""
+
+    num_rounds: int
+    num_clients: int
+    clients_per_round: int
+    run_dir: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStarted(Event):
+    """The cohort is known."""
+
+    round_idx: int
+    cohort: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsDone(Event):
+    """A client has finished some optimizer steps (for progress bars; not stored)."""
+
+    round_idx: int
+    client_id: int
+    steps: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientTrained(Event):
+    """One pass of one client is over. ``mean_loss`` is over the pass's steps, in nats."""
+
+    round_idx: int
+    client_id: int
+    pass_name: str
+    num_steps: int
+    num_examples: int
+    num_tokens: int
+    mean_loss: float
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanMade(Event):
+    """Relevance and mixing weights, receivers as rows; None where unknown."""
+
+    round_idx: int
+    relevance: tuple[tuple[float | None, ...], ...] | None
+    weights: tuple[tuple[float | None, ...], ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFinished(Event):
+    """Bytes are per client in the order of the cohort (uplink) and of ``receivers``."""
+
+    round_idx: int
+    duration_s: float
+    uplink_bytes: Mapping[int, int]
+    downlink_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(Event):
+    """One client's model scored on one task.
+
+    ``scope`` is "self" if the task is one of the client's own, else "others". ``round_idx`` is
+    the number of finished rounds minus one; -1 is the base model. ``final`` marks the last one.
+    """
+
+    round_idx: int
+    client_id: int
+    view: str
+    scope: Literal["self", "others"]
+    task: str
+    metric: str
+    value: float
+    num_samples: int
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationProgress(Event):
+    """Evaluation work done so far (for progress bars; not stored)."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished(Event):
+    """After finalisation and the last evaluation of one strategy."""
+
+    duration_s: float
+    train_s: float
+
+
+class EventSink(Protocol):
+    """A consumer of events."""
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event; must not raise for an event type it does not know."""
+        ...
+
+
+TRANSIENT: tuple[type[Event], ...] = (StepsDone, EvaluationProgress)
+"""Events for the screen only; they are not written to ``metrics.jsonl``."""
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """The event as a JSON-ready dictionary with its type under ``event``."""
+    return {"event": type(event).__name__, **asdict(event)}

@@ -1,0 +1,261 @@
+"""The vocabulary as frozen data: what clients, server, strategies and communicators exchange.
+
+Adapter tensors have two names. :class:`AdapterKey` says where a tensor sits in one model.
+A *share key* (a plain string) says what it means to other clients:
+
+* ``pq/<block>/<module>/<part>``: block-wise, the same for every architecture;
+* ``conv/<layer>/<module>/<part>``: layer-wise, only meaningful inside one signature.
+
+The text before the first slash is the *channel*; a mixing plan has one table per channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import AdapterError
+
+CHANNEL_PQ = "pq"
+CHANNEL_CONV = "conv"
+
+
+class Branch(StrEnum):
+    """Which copy of an adapter a tensor belongs to."""
+
+    LOCAL = "local"  # trained and uploaded by the client
+    GLOBAL = "global"  # received from the server, frozen while the client trains
+    SHARED = "shared"  # used by both branches: frozen A, B of a PQ layer, and the gate
+
+
+class Part(StrEnum):
+    """Which factor of an adapter a tensor is."""
+
+    A = "A"  # (rank, d_in)
+    B = "B"  # (d_out, rank)
+    P = "P"  # (rank, rank)
+    Q = "Q"  # (rank,)
+    GATE = "gate"  # () for the scalar gate, (d_in,) for the input gate
+
+
+class View(StrEnum):
+    """Which branches a forward pass uses."""
+
+    LOCAL = "local"
+    GLOBAL = "global"
+    GATED = "gated"
+    BASE = "base"  # adapters off
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterKey:
+    """Where an adapter tensor sits: typed, so that names are parsed in one place only.
+
+    Attributes:
+        block: 0-based block of the layer (spec A.1.1).
+        layer: 0-based decoder layer.
+        module: short name of the linear, e.g. ``q_proj``.
+        branch: local, global or shared.
+        part: A, B, P, Q or gate.
+    """
+
+    block: int
+    layer: int
+    module: str
+    branch: Branch
+    part: Part
+
+    def __str__(self) -> str:
+        return f"{self.block}/{self.layer}/{self.module}/{self.branch}/{self.part}"
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterKey:
+        """Reads ``str(key)`` back.
+
+        Raises:
+            AdapterError: the text is not an adapter key.
+        """
+        try:
+            block, layer, module, branch, part = text.split("/")
+            return cls(int(block), int(layer), module, Branch(branch), Part(part))
+        except ValueError as error:
+            raise AdapterError(
+                f"{text!r} is not an adapter key; expected block/layer/module/branch/part"
+            ) from error
+
+    @property
+    def share_key(self) -> str:
+        """The name under which other clients know this tensor (see the module docstring)."""
+        if self.part in (Part.P, Part.Q):
+            return f"{CHANNEL_PQ}/{self.block}/{self.module}/{self.part}"
+        return f"{CHANNEL_CONV}/{self.layer}/{self.module}/{self.part}"
+
+
+def channel_of(share_key: str) -> str:
+    """The channel of a share key: the text before its first slash."""
+    return share_key.partition("/")[0]
+
+
+AdapterState = Mapping[AdapterKey, Tensor]
+SharedTensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientManifest:
+    """What the server knows of a client before the first round.
+
+    Attributes:
+        client_id: 0-based, equal to the position in the scenario.
+        model: the model's name in the configuration.
+        family: text-tower family, e.g. ``llama`` or ``qwen2``.
+        signature: shape class; equal signatures have interchangeable adapter tensors.
+        num_layers: decoder layers.
+        num_blocks: blocks (N_B).
+        num_examples: training samples over the whole run.
+        tasks: names of the client's tasks, in time order.
+        layouts: channel -> digest of its share keys and shapes. Clients can be mixed in a channel
+            only if they have the same digest there.
+    """
+
+    client_id: int
+    model: str
+    family: str
+    signature: str
+    num_layers: int
+    num_blocks: int
+    num_examples: int
+    tasks: tuple[str, ...]
+    layouts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateHeader:
+    """The small part of an update; every rank sees all headers.
+
+    Attributes:
+        client_id: who.
+        round_idx: 0-based round of the training that made the update.
+        num_examples: samples used in that training.
+        sketch: sanitised proxy gradient, float32 ``(rows, columns)``, or None.
+    """
+
+    client_id: int
+    round_idx: int
+    num_examples: int
+    sketch: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientUpdate:
+    """Client to server: header and flat ``{share key: float32 CPU tensor}``."""
+
+    header: UpdateHeader
+    tensors: SharedTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixRow:
+    """One receiver's weighted sum: ``downlink[target] = sum_k weights[k] * upload[sources[k]]``.
+
+    ``sources`` are in ascending client id, which is the summation order.
+    """
+
+    target: int
+    sources: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixingPlan:
+    """Who receives which weighted sum of whom, per channel.
+
+    A client without a row in a channel receives nothing there (the strategy's client half says
+    what that means). ``relevance`` and ``weights`` are for the report: ``(clients, clients)``
+    float32 with NaN where unknown; row i belongs to receiver i.
+    """
+
+    rows: Mapping[str, tuple[MixRow, ...]] = field(default_factory=dict)
+    relevance: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientState:
+    """Everything of a client that survives a round; plain data.
+
+    Attributes:
+        client_id: who.
+        participations: rounds the client took part in so far.
+        adapter: all adapter tensors, float32 on the CPU.
+        sketch: smoothed sketch (EMA), float32 ``(rows, columns)``, or None before the first.
+        extra: a strategy's own JSON-like values.
+    """
+
+    client_id: int
+    participations: int = 0
+    adapter: AdapterState = field(default_factory=dict)
+    sketch: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One local training pass over the round's batches.
+
+    Attributes:
+        name: shown in logs and metrics.
+        view: branches used in the forward pass.
+        train: branches that receive gradients (SHARED means the gate; A, B of PQ layers never).
+        num_steps: optimizer steps.
+        lr_scale: factor on the configured learning rates (round schedule).
+        loss: name of the loss plug-in.
+    """
+
+    name: str
+    view: View
+    train: frozenset[Branch]
+    num_steps: int
+    lr_scale: float = 1.0
+    loss: str = "cross_entropy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalResult:
+    """What one pass produced.
+
+    Attributes:
+        adapter: all adapter tensors after the pass, float32 on the CPU.
+        losses: loss of each optimizer step.
+        num_examples: samples seen (repetitions counted).
+        num_tokens: supervised tokens seen.
+        duration_s: wall-clock seconds.
+    """
+
+    adapter: AdapterState
+    losses: tuple[float, ...]
+    num_examples: int
+    num_tokens: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientContext:
+    """What a client half may know of the run.
+
+    Attributes:
+        manifest: the client's own manifest.
+        round_idx: 0-based round.
+        num_rounds: rounds of the whole run.
+        num_steps: optimizer steps that this strategy may spend in this round.
+        seed: root seed of the run.
+    """
+
+    manifest: ClientManifest
+    round_idx: int
+    num_rounds: int
+    num_steps: int
+    seed: int
