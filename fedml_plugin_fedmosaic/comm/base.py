@@ -20,12 +20,17 @@ class Communicator(Protocol):
     Attributes:
         rank: this process, 0-based.
         size: processes in the job.
-        bytes_sent: bytes this process has sent to other clients' processes (or would send, in a
-            single process, if every client were remote): ``(uplink, downlink)``.
+        uplink_bytes: client id -> bytes it sent to the server in the last round: its header and
+            its tensors, as if every client were remote. One entry per header of the last
+            :meth:`exchange_headers`; the tensors are added by :meth:`execute`.
+        downlink_bytes: client id -> bytes it received in the last :meth:`execute`, for clients
+            that received any. Both are the same on every rank and for every communicator.
     """
 
     rank: int
     size: int
+    uplink_bytes: dict[int, int]
+    downlink_bytes: dict[int, int]
 
     def owned(self, client_ids: Sequence[int]) -> tuple[int, ...]:
         """The clients that this rank trains, a function of the ids and the world only."""
@@ -45,10 +50,13 @@ class Communicator(Protocol):
             uploads: last known flat tensors of the clients this rank owns.
 
         Returns:
-            Downlink (float32 tensors by share key) of each owned client; empty without a row.
+            Downlink (float32 tensors by share key) of each owned client that has an upload or a
+            row; empty without a row. No two tensors overlap in memory.
 
         Raises:
-            PlanError: a source has no upload, or keys or shapes of a row's clients differ.
+            PlanError: a source has no upload, keys or shapes of a row's clients differ, or a row
+                is malformed; the same error on every rank.
+            CommError: the ranks hold different plans, or a rank holds another rank's client.
         """
         ...
 
@@ -57,5 +65,9 @@ class Communicator(Protocol):
         ...
 
     def abort(self, code: int) -> None:
-        """Ends the whole job with an exit code; does not return on a multi-process backend."""
+        """Ends the whole job with an exit code; does not return on a multi-process backend.
+
+        In a single process there is no one else to stop: it returns, and the caller's exception
+        ends the process.
+        """
         ...

@@ -90,9 +90,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def select(
-        self, state: ServerState, round_idx: int, clients_per_round: int
-    ) -> tuple[int, ...]:
+    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
         """The cohort: ascending client ids."""
         ...
 

@@ -1,0 +1,183 @@
+"""How tensors and headers become bytes: flat float32 vectors, and JSON plus raw buffers.
+
+No pickle: a received message can only ever become numbers and text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import CommError, PlanError
+from fedml_plugin_fedmosaic.core.types import SharedTensors, UpdateHeader
+
+FLOAT_BYTES = 4
+_MAGIC = b"FMH1"
+_LENGTH = struct.Struct("<q")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors a flat vector holds, and where.
+
+    Attributes:
+        entries: (share key, shape), ascending by key.
+    """
+
+    entries: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, tensors: SharedTensors) -> Layout:
+        """The layout of named tensors."""
+        return cls(tuple((key, tuple(tensors[key].shape)) for key in sorted(tensors)))
+
+    @classmethod
+    def from_json(cls, entries: Sequence[Sequence[Any]]) -> Layout:
+        """The inverse of :meth:`to_json`."""
+        return cls(tuple((str(key), tuple(int(size) for size in shape)) for key, shape in entries))
+
+    def to_json(self) -> list[list[Any]]:
+        """JSON-ready form."""
+        return [[key, list(shape)] for key, shape in self.entries]
+
+    @cached_property
+    def digest(self) -> str:
+        """Short hash of keys and shapes; equal layouts have equal digests."""
+        text = json.dumps(self.to_json(), separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of each tensor in the vector, and the vector's length at the end."""
+        ends = [0]
+        for _, shape in self.entries:
+            ends.append(ends[-1] + math.prod(shape))
+        return tuple(ends)
+
+    @property
+    def numel(self) -> int:
+        """Length D of the vector."""
+        return self.offsets[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the vector on the wire."""
+        return self.numel * FLOAT_BYTES
+
+    def pack(self, tensors: SharedTensors) -> Tensor:
+        """One contiguous float32 CPU vector of length D (a copy).
+
+        Raises:
+            PlanError: keys, shapes or dtypes are not the layout's.
+        """
+        if Layout.of(tensors) != self:
+            raise PlanError(f"tensors do not have the layout {self.digest}: {sorted(tensors)[:5]}")
+        vector = torch.empty(self.numel, dtype=torch.float32)
+        for index, (key, _) in enumerate(self.entries):
+            tensor = tensors[key]
+            if tensor.dtype != torch.float32:
+                raise PlanError(f"{key} is {tensor.dtype}; uploads must be torch.float32")
+            vector[self.offsets[index] : self.offsets[index + 1]] = tensor.detach().reshape(-1)
+        return vector
+
+    def unpack(self, vector: Tensor) -> dict[str, Tensor]:
+        """Named tensors of a vector of length D; each is a view of it.
+
+        Raises:
+            PlanError: the vector is not a float32 vector of length D.
+        """
+        if vector.shape != (self.numel,) or vector.dtype != torch.float32:
+            raise PlanError(
+                f"expected a float32 vector of length {self.numel}, got {vector.dtype} "
+                f"{tuple(vector.shape)}"
+            )
+        return {
+            key: vector[self.offsets[index] : self.offsets[index + 1]].view(shape)
+            for index, (key, shape) in enumerate(self.entries)
+        }
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """The tensor's float32 values, row by row, in this machine's byte order."""
+    flat = tensor.detach().to(dtype=torch.float32, device="cpu").contiguous()
+    return flat.numpy().tobytes()
+
+
+def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
+    """Headers as magic, length of the JSON part, JSON part, and the sketches' float32 buffers."""
+    records = [
+        {
+            "client_id": header.client_id,
+            "round_idx": header.round_idx,
+            "num_examples": header.num_examples,
+            "sketch": None if header.sketch is None else list(header.sketch.shape),
+        }
+        for header in headers
+    ]
+    text = json.dumps(records, separators=(",", ":")).encode()
+    buffers = [to_bytes(header.sketch) for header in headers if header.sketch is not None]
+    return b"".join([_MAGIC, _LENGTH.pack(len(text)), text, *buffers])
+
+
+def decode_headers(payload: bytes) -> tuple[UpdateHeader, ...]:
+    """The inverse of :func:`encode_headers`.
+
+    Raises:
+        CommError: the payload is not what :func:`encode_headers` makes.
+    """
+    start = len(_MAGIC) + _LENGTH.size
+    if len(payload) < start or payload[: len(_MAGIC)] != _MAGIC:
+        raise CommError(f"a header message of {len(payload)} bytes does not start with {_MAGIC!r}")
+    (length,) = _LENGTH.unpack_from(payload, len(_MAGIC))
+    try:
+        records: list[Mapping[str, Any]] = json.loads(payload[start : start + length])
+        shapes = [record["sketch"] for record in records]
+        expected = (
+            start
+            + length
+            + sum(FLOAT_BYTES * math.prod(shape) for shape in shapes if shape is not None)
+        )
+        if length < 0 or expected != len(payload):
+            raise CommError(
+                f"a header message has {len(payload)} bytes, its JSON part says {expected}"
+            )
+        headers: list[UpdateHeader] = []
+        offset = start + length
+        for record, shape in zip(records, shapes, strict=True):
+            sketch = None
+            if shape is not None:
+                end = offset + FLOAT_BYTES * math.prod(shape)
+                sketch = from_bytes(payload[offset:end]).reshape(shape)
+                offset = end
+            headers.append(
+                UpdateHeader(
+                    client_id=int(record["client_id"]),
+                    round_idx=int(record["round_idx"]),
+                    num_examples=int(record["num_examples"]),
+                    sketch=sketch,
+                )
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommError(f"a header message cannot be read: {error}") from error
+    return tuple(headers)
+
+
+def from_bytes(payload: bytes) -> Tensor:
+    """A float32 vector that owns its memory."""
+    if not payload:
+        return torch.empty(0, dtype=torch.float32)
+    return torch.frombuffer(bytearray(payload), dtype=torch.float32)
+
+
+def header_bytes(header: UpdateHeader) -> int:
+    """Bytes of one client's header on the wire."""
+    return len(encode_headers([header]))

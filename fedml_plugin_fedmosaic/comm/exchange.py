@@ -1,0 +1,182 @@
+"""What every communicator does with a plan: check it, mix vectors, count bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.comm.codec import Layout, header_bytes
+from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.core.types import (
+    MixingPlan,
+    MixRow,
+    SharedTensors,
+    UpdateHeader,
+    channel_of,
+)
+from fedml_plugin_fedmosaic.equations.mixing import mix
+
+Catalogue = Mapping[int, Mapping[str, Layout]]
+"""Client id -> channel -> layout of the client's upload."""
+
+
+def split_channels(upload: SharedTensors) -> dict[str, dict[str, Tensor]]:
+    """Channel -> the upload's tensors of that channel."""
+    channels: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(upload):
+        channels.setdefault(channel_of(key), {})[key] = upload[key]
+    return channels
+
+
+def catalogue_of(uploads: Mapping[int, SharedTensors]) -> dict[int, dict[str, Layout]]:
+    """Layouts of uploads.
+
+    Raises:
+        PlanError: a tensor is not float32.
+    """
+    for client, upload in uploads.items():
+        for key, tensor in upload.items():
+            if tensor.dtype != torch.float32:
+                raise PlanError(
+                    f"client {client}: {key} is {tensor.dtype}; uploads must be torch.float32"
+                )
+    return {
+        client: {name: Layout.of(part) for name, part in split_channels(upload).items()}
+        for client, upload in sorted(uploads.items())
+    }
+
+
+def plan_digest(plan: MixingPlan) -> str:
+    """Hash of a plan's rows, bit by bit; ranks compare it before they move tensors."""
+    text = json.dumps(
+        {
+            channel: [
+                [row.target, list(row.sources), [float(weight).hex() for weight in row.weights]]
+                for row in rows
+            ]
+            for channel, rows in plan.rows.items()
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_plan(plan: MixingPlan, catalogue: Catalogue) -> None:
+    """Whether a plan is well formed and its clients fit together.
+
+    Raises:
+        PlanError: a row is malformed, a source has no upload in the channel, or keys or shapes of
+            a row's clients differ.
+    """
+    for channel, rows in plan.rows.items():
+        targets = [row.target for row in rows]
+        if len(set(targets)) != len(targets):
+            raise PlanError(f"channel {channel!r}: a client has two rows: {sorted(targets)}")
+        for row in rows:
+            _check_row(channel, row, catalogue)
+
+
+def _check_row(channel: str, row: MixRow, catalogue: Catalogue) -> None:
+    where = f"channel {channel!r}, receiver {row.target}"
+    if not row.sources or len(row.sources) != len(row.weights):
+        raise PlanError(
+            f"{where}: {len(row.sources)} sources and {len(row.weights)} weights; expected as "
+            "many weights as sources, and at least one"
+        )
+    if any(first >= second for first, second in zip(row.sources, row.sources[1:], strict=False)):
+        raise PlanError(f"{where}: sources {row.sources} are not in ascending order")
+    if not all(math.isfinite(weight) for weight in row.weights):
+        raise PlanError(f"{where}: weights are not finite: {row.weights}")
+    absent = [client for client in row.sources if channel not in catalogue.get(client, {})]
+    if absent:
+        raise PlanError(f"{where}: clients {absent} have not uploaded anything in this channel")
+    expected = layout_of(channel, row, catalogue)
+    for client in (*row.sources, row.target):
+        found = catalogue.get(client, {}).get(channel)
+        if found is not None and found != expected:
+            differ = sorted({key for key, _ in set(found.entries) ^ set(expected.entries)})
+            raise PlanError(
+                f"{where}: tensors of clients {row.sources[0]} and {client} differ in "
+                f"{len(differ)} keys or shapes, first {differ[0]!r}",
+                hint="only clients with equal layouts may be mixed in a channel",
+            )
+
+
+def layout_of(channel: str, row: MixRow, catalogue: Catalogue) -> Layout:
+    """The layout of what a row's receiver gets."""
+    return catalogue[row.sources[0]][channel]
+
+
+def mix_rows(rows: Iterable[MixRow], vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Weighted sums of flat vectors.
+
+    Rows with the same sources are computed together, so that each source is read once; equal rows
+    are computed once. The result of a row does not depend on which other rows are computed.
+
+    Args:
+        rows: receivers of one channel.
+        vectors: float32 vectors (D,) by client id, at least those of the rows' sources.
+
+    Returns:
+        Receiver -> float32 vector (D,) that shares no memory with any other.
+    """
+    groups: dict[tuple[int, ...], list[MixRow]] = {}
+    for row in rows:
+        groups.setdefault(row.sources, []).append(row)
+    mixed: dict[int, Tensor] = {}
+    for sources, members in groups.items():
+        distinct = sorted({row.weights for row in members})
+        weights = torch.tensor(distinct, dtype=torch.float64)
+        sums = mix([vectors[client] for client in sources], weights)
+        taken: set[int] = set()
+        for row in members:
+            index = distinct.index(row.weights)
+            mixed[row.target] = sums[index].clone() if index in taken else sums[index]
+            taken.add(index)
+    return mixed
+
+
+def upload_bytes(
+    headers: Sequence[UpdateHeader], catalogue: Catalogue | None = None
+) -> dict[int, int]:
+    """Client id -> bytes of its header and, if a catalogue is given, of its tensors."""
+    layouts = catalogue or {}
+    return {
+        header.client_id: header_bytes(header)
+        + sum(layout.num_bytes for layout in layouts.get(header.client_id, {}).values())
+        for header in headers
+    }
+
+
+def received_bytes(plan: MixingPlan, catalogue: Catalogue) -> dict[int, int]:
+    """Client id -> bytes of the vectors it receives, for clients with a row."""
+    total: dict[int, int] = {}
+    for channel, rows in sorted(plan.rows.items()):
+        for row in rows:
+            num_bytes = layout_of(channel, row, catalogue).num_bytes
+            total[row.target] = total.get(row.target, 0) + num_bytes
+    return dict(sorted(total.items()))
+
+
+def sorted_headers(headers: Iterable[UpdateHeader]) -> tuple[UpdateHeader, ...]:
+    """Headers ascending by client id.
+
+    Raises:
+        PlanError: a client has two headers.
+    """
+    ordered = tuple(sorted(headers, key=lambda header: header.client_id))
+    ids = [header.client_id for header in ordered]
+    if len(set(ids)) != len(ids):
+        raise PlanError(f"a client has two headers in one round: {ids}")
+    return ordered
+
+
+def empty_downlinks(clients: Collection[int]) -> dict[int, dict[str, Tensor]]:
+    """One empty downlink per client, ascending."""
+    return {client: {} for client in sorted(clients)}

@@ -1,0 +1,185 @@
+"""What the strategies share: names of shared tensors, strict receiving, cohorts, report matrices.
+
+Nothing here changes its arguments; tensors in a returned state are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import AdapterError, PlanError
+from fedml_plugin_fedmosaic.core.rng import python_random
+from fedml_plugin_fedmosaic.core.types import (
+    AdapterKey,
+    AdapterState,
+    Branch,
+    ClientManifest,
+    MixRow,
+    SharedTensors,
+    channel_of,
+)
+
+_LISTED = 5
+
+
+def local_keys(adapter: AdapterState) -> dict[str, AdapterKey]:
+    """Share key -> adapter key of every tensor of the local branch.
+
+    Raises:
+        AdapterError: two tensors have the same share key (two PQ layers in one block).
+    """
+    found: dict[str, AdapterKey] = {}
+    for key in adapter:
+        if key.branch is not Branch.LOCAL:
+            continue
+        other = found.setdefault(key.share_key, key)
+        if other != key:
+            raise AdapterError(
+                f"{other} and {key} have the same share key {key.share_key!r}",
+                hint="a block may hold only one layer with P and Q",
+            )
+    return found
+
+
+def copy_local_to_global(adapter: AdapterState) -> dict[AdapterKey, Tensor]:
+    """The adapter with every global tensor replaced by a copy of its local twin.
+
+    Raises:
+        AdapterError: a local tensor has no global twin, or a global tensor has no local one.
+    """
+    state = dict(adapter)
+    twins = {replace(key, branch=Branch.GLOBAL) for key in local_keys(adapter).values()}
+    present = {key for key in adapter if key.branch is Branch.GLOBAL}
+    if twins != present:
+        lonely = sorted(str(key) for key in twins ^ present)
+        raise AdapterError(
+            f"local and global branch differ in {len(lonely)} tensors: {_some(lonely)}",
+            hint="this strategy needs an adapter with two branches, such as pq_lora",
+        )
+    for key in twins:
+        state[key] = adapter[replace(key, branch=Branch.LOCAL)].clone()
+    return state
+
+
+def receive(
+    adapter: AdapterState, downlink: SharedTensors, branch: Branch, client_id: int
+) -> dict[AdapterKey, Tensor]:
+    """The adapter with one branch overwritten by a downlink.
+
+    A channel of the downlink is complete or absent.
+
+    Args:
+        adapter: all adapter tensors of the client.
+        downlink: float32 tensors by share key.
+        branch: LOCAL or GLOBAL: which branch the downlink replaces.
+        client_id: for the error message.
+
+    Raises:
+        PlanError: an unknown key, a wrong shape, or a missing key of a received channel.
+    """
+    known = local_keys(adapter)
+    unknown = sorted(set(downlink) - set(known))
+    channels = {channel_of(name) for name in downlink}
+    missing = sorted(
+        name for name in known if channel_of(name) in channels and name not in downlink
+    )
+    problems = [f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing]
+    for name in sorted(set(downlink) & set(known)):
+        expected, got = tuple(adapter[known[name]].shape), tuple(downlink[name].shape)
+        if expected != got:
+            problems.append(f"{name} has shape {got}, expected {expected}")
+    if problems:
+        raise PlanError(
+            f"downlink of client {client_id} does not fit its adapter: {_some(problems)}",
+            hint="only clients with equal layouts may be mixed in a channel",
+        )
+    state = dict(adapter)
+    for name, tensor in downlink.items():
+        target = replace(known[name], branch=branch)
+        if target not in adapter:
+            raise PlanError(f"client {client_id} has no tensor {target} to receive {name!r}")
+        state[target] = tensor.detach().to(dtype=torch.float32, device="cpu", copy=True)
+    return state
+
+
+def shared_tensors(adapter: AdapterState, channels: Collection[str]) -> dict[str, Tensor]:
+    """Copies of the local branch's tensors of some channels, float32 by share key, sorted."""
+    names = local_keys(adapter)
+    return {
+        name: adapter[names[name]].detach().to(dtype=torch.float32, device="cpu", copy=True)
+        for name in sorted(names)
+        if channel_of(name) in channels
+    }
+
+
+def layouts_by_client(manifests: Sequence[ClientManifest]) -> dict[str, dict[str, str]]:
+    """Client id (as text) -> channel -> layout digest, ascending by id.
+
+    Raises:
+        PlanError: there is no client, or an id appears twice.
+    """
+    if not manifests:
+        raise PlanError("a federation needs at least one client, got none")
+    ids = [manifest.client_id for manifest in manifests]
+    if len(set(ids)) != len(ids):
+        raise PlanError(f"client ids appear twice: {sorted(i for i in ids if ids.count(i) > 1)}")
+    ordered = sorted(manifests, key=lambda manifest: manifest.client_id)
+    return {str(manifest.client_id): dict(manifest.layouts) for manifest in ordered}
+
+
+def draw_cohort(
+    client_ids: Iterable[int], seed: int, round_idx: int, clients_per_round: int
+) -> tuple[int, ...]:
+    """Clients of one round: drawn without replacement, ascending.
+
+    A function of seed and round only, so that a resumed run draws the same cohorts.
+
+    Raises:
+        PlanError: more clients are asked for than there are, or fewer than one.
+    """
+    everyone = sorted(client_ids)
+    if not 1 <= clients_per_round <= len(everyone):
+        raise PlanError(
+            f"cannot draw {clients_per_round} clients per round out of {len(everyone)}",
+            hint="set train_args.client_num_per_round between 1 and the number of clients",
+        )
+    drawn = python_random(seed, "cohort", round_idx).sample(everyone, clients_per_round)
+    return tuple(sorted(drawn))
+
+
+def weight_matrix(client_ids: Iterable[int], rows: Iterable[MixRow]) -> Tensor:
+    """A channel's rows as a matrix for the report.
+
+    Returns:
+        (clients, clients) float32, receivers as rows in ascending id; NaN where a client
+        receives nothing.
+    """
+    position = {client: index for index, client in enumerate(sorted(client_ids))}
+    matrix = torch.full((len(position), len(position)), float("nan"), dtype=torch.float32)
+    for row in rows:
+        matrix[position[row.target]] = 0.0
+        for source, weight in zip(row.sources, row.weights, strict=True):
+            matrix[position[row.target], position[source]] = weight
+    return matrix
+
+
+def check_participants(layouts: Mapping[str, Mapping[str, str]], client_ids: Sequence[int]) -> None:
+    """Headers must come from known clients, each once.
+
+    Raises:
+        PlanError: a header's client is unknown or has two headers.
+    """
+    unknown = sorted(client for client in client_ids if str(client) not in layouts)
+    if unknown:
+        raise PlanError(f"headers of unknown clients: {unknown}")
+    if len(set(client_ids)) != len(client_ids):
+        raise PlanError(f"a client has two headers in one round: {sorted(client_ids)}")
+
+
+def _some(items: Sequence[str]) -> str:
+    rest = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,177 @@
+"""FedAvg inside each signature (FedIT when the model is a language model with LoRA).
+
+Clients of equal layout l hold interchangeable LoRA tensors theta. With cohort C_l in a round::
+
+    theta_l = sum over k in C_l of p_k theta_k      p_k = 1/|C_l|          (weighting: uniform)
+                                                    p_k = n_k / sum n      (weighting: num_examples)
+
+and every client of layout l, whether it trained in this round or not, starts its next training
+from theta_l. A layout of which nobody trained in a round keeps the average of its last round; a
+layout that never trained receives nothing.
+
+Source: McMahan et al. 2017 (arXiv 1602.05629) as used for LoRA in FedIT (arXiv 2305.05644) and as
+the baseline "FedAvg" of FedMosaic (arXiv 2506.11024), whose code weights uniformly.
+Differences to the released code: clients are pooled by the shapes of their tensors, not by the
+text of the model name; an architecture without a client in the cohort is not an error; sums are
+accumulated in float32; no optimizer state survives a round, so the average really is where the
+next training starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
+    AdapterState,
+    Branch,
+    ClientContext,
+    ClientManifest,
+    ClientState,
+    ClientUpdate,
+    LocalResult,
+    MixingPlan,
+    MixRow,
+    Pass,
+    SharedTensors,
+    UpdateHeader,
+    View,
+)
+from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.common import (
+    check_participants,
+    draw_cohort,
+    layouts_by_client,
+    receive,
+    shared_tensors,
+    weight_matrix,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FedAvgOptions:
+    """Options of FedAvg."""
+
+    weighting: Literal["uniform", "num_examples"] = "uniform"
+    """Weights of the cohort's clients: equal, or by the samples used in the round."""
+
+
+class FedAvgClient:
+    """Starts from the average, trains, uploads everything."""
+
+    def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
+        """The freshly injected adapter."""
+        return ClientState(client_id=context.manifest.client_id, adapter=dict(adapter))
+
+    def prepare(
+        self, downlink: SharedTensors, state: ClientState, context: ClientContext
+    ) -> tuple[ClientState, tuple[Pass, ...]]:
+        """Replaces the local branch by the downlink, if there is one.
+
+        Raises:
+            PlanError: the downlink does not fit the client's adapter.
+        """
+        adapter = receive(state.adapter, downlink, Branch.LOCAL, state.client_id)
+        train = frozenset({Branch.LOCAL})
+        return replace(state, adapter=adapter), (
+            Pass(name="local", view=View.LOCAL, train=train, num_steps=context.num_steps),
+        )
+
+    def finish(
+        self,
+        result: LocalResult,
+        state: ClientState,
+        context: ClientContext,  # noqa: ARG002 - the contract's signature
+        header: UpdateHeader,
+    ) -> tuple[ClientUpdate, ClientState]:
+        """Uploads the trained tensors."""
+        after = replace(state, adapter=dict(result.adapter))
+        tensors = shared_tensors(result.adapter, {CHANNEL_CONV})
+        return ClientUpdate(header=header, tensors=tensors), after
+
+
+class FedAvg:
+    """One average per layout."""
+
+    name: ClassVar[str] = "fedavg"
+    adapter: ClassVar[str] = "lora"
+    needs_sketch: ClassVar[bool] = False
+    relative_steps: ClassVar[float] = 1.0
+    eval_view: ClassVar[str] = "local"
+    Options: ClassVar[type] = FedAvgOptions
+
+    def __init__(self, options: FedAvgOptions) -> None:
+        self.options = options
+        self._client = FedAvgClient()
+
+    @property
+    def client(self) -> FedAvgClient:
+        """The client half."""
+        return self._client
+
+    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
+        """Remembers the clients and the seed; no layout has an average yet.
+
+        Raises:
+            PlanError: no client, or an id twice.
+        """
+        return {"seed": seed, "layouts": layouts_by_client(manifests), "averages": {}}
+
+    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
+        """A cohort drawn without replacement from seed and round."""
+        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
+
+    def plan(
+        self, state: ServerState, headers: Sequence[UpdateHeader]
+    ) -> tuple[ServerState, MixingPlan]:
+        """One row per client whose layout has ever been trained.
+
+        Raises:
+            PlanError: a header of an unknown client, or two of one client.
+        """
+        layouts: Mapping[str, Mapping[str, str]] = state["layouts"]
+        check_participants(layouts, [header.client_id for header in headers])
+        averages = {**state["averages"], **self._averages(layouts, headers)}
+        rows = tuple(
+            MixRow(
+                target=int(client),
+                sources=tuple(averages[channels[CHANNEL_CONV]]["sources"]),
+                weights=tuple(averages[channels[CHANNEL_CONV]]["weights"]),
+            )
+            for client, channels in layouts.items()
+            if channels.get(CHANNEL_CONV) in averages
+        )
+        plan = MixingPlan(
+            rows={CHANNEL_CONV: rows} if rows else {},
+            weights=weight_matrix(map(int, layouts), rows),
+        )
+        return {**state, "averages": averages}, plan
+
+    def _averages(
+        self, layouts: Mapping[str, Mapping[str, str]], headers: Sequence[UpdateHeader]
+    ) -> dict[str, dict[str, Any]]:
+        """Layout digest -> sources and weights, for the layouts trained in this round.
+
+        Kept in the state because uploads outlive a round: a layout nobody trained is served the
+        same average again, so a client that skips rounds does not miss it.
+        """
+        examples: dict[str, dict[int, int]] = {}
+        for header in sorted(headers, key=lambda header: header.client_id):
+            digest = layouts[str(header.client_id)].get(CHANNEL_CONV)
+            if digest is None:
+                continue
+            count = 1 if self.options.weighting == "uniform" else header.num_examples
+            if count > 0:
+                examples.setdefault(digest, {})[header.client_id] = count
+        return {
+            digest: {
+                "sources": list(counts),
+                "weights": [count / sum(counts.values()) for count in counts.values()],
+            }
+            for digest, counts in examples.items()
+        }

@@ -1,0 +1,324 @@
+"""FedMosaic: relevance-guided aggregation over heterogeneous clients (arXiv 2506.11024).
+
+Every client i keeps two copies of its adapter: the local branch, which it trains and uploads, and
+the global branch, which the server makes for it and which is frozen while the client trains; a
+learned gate balances them. With sketches g_i (sanitised gradients of one frozen proxy model)::
+
+    S_ij = (1/C) sum over columns c of cos(g_i[:, c], g_j[:, c])
+    w_ij = exp(S_ij / tau) / sum over k in K_i of exp(S_ik / tau)      j in K_i, never j = i
+
+* channel ``pq``: K_i = all other clients. P (r x r) and Q (r) of a block's last layer have the same
+  shape in every architecture, so they are mixed block by block across architectures;
+* channel ``conv``: K_i = the other clients with tensors of the same shapes. A and B of all other
+  layers are mixed inside an architecture, with the same S and tau.
+
+A client starts from global := own local, then overwrites what it receives; where it has no peer
+(and in its first round) the copy of its own local branch stays, a self-distilled momentum copy.
+
+Partial participation: the server remembers the last sketch of every client that ever took part;
+K_i runs over those (optionally not staler than ``max_staleness`` rounds), and the weights are
+normalised over K_i. Everyone receives a mix, also clients outside the round's cohort; a client
+that never took part has no sketch, so all of K_i is equally relevant to it.
+
+Differences to the released code: self is masked out exactly instead of by -1e9 and a division;
+weights are normalised over the clients that are known, so partial participation is defined;
+"same architecture" means equal tensor shapes, not equal model names; blocks are matched by their
+index, not by parsing parameter names; sums are float32 in ascending client id, not bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
+    CHANNEL_PQ,
+    AdapterState,
+    Branch,
+    ClientContext,
+    ClientManifest,
+    ClientState,
+    ClientUpdate,
+    LocalResult,
+    MixingPlan,
+    MixRow,
+    Pass,
+    SharedTensors,
+    UpdateHeader,
+    View,
+)
+from fedml_plugin_fedmosaic.equations.relevance import (
+    column_similarity,
+    flat_similarity,
+    relevance_weights,
+)
+from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.common import (
+    check_participants,
+    copy_local_to_global,
+    draw_cohort,
+    layouts_by_client,
+    receive,
+    shared_tensors,
+    weight_matrix,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FedMosaicOptions:
+    """Options of FedMosaic."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+    """Relevance temperature tau; small values follow the most relevant clients."""
+    similarity: Literal["columns", "flat"] = "columns"
+    """Mean of the columns' cosines (published), or one cosine of the flattened sketches."""
+    relevance: Literal["sketch", "uniform"] = "sketch"
+    """``uniform`` ignores the sketches: the ablation without relevance."""
+    share_pq: bool = True
+    """Mix P and Q across architectures."""
+    share_conventional: bool = True
+    """Mix A and B of the other layers inside an architecture."""
+    global_branch: bool = True
+    """False: no global branch, nothing is shared: the ablation without collaboration."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Mix only the k most relevant clients; all when omitted."""
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+    """Rounds after which a client that stays away is no longer mixed; never when omitted."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The channels that are uploaded and mixed."""
+        wanted = ((CHANNEL_PQ, self.share_pq), (CHANNEL_CONV, self.share_conventional))
+        return tuple(name for name, shared in wanted if shared and self.global_branch)
+
+
+class FedMosaicClient:
+    """Receives the global branch, trains the local branch and the gate.
+
+    Args:
+        options: the strategy's options.
+    """
+
+    def __init__(self, options: FedMosaicOptions) -> None:
+        self._options = options
+
+    def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
+        """The freshly injected adapter with global := local.
+
+        Raises:
+            AdapterError: the adapter does not have two branches.
+        """
+        return ClientState(
+            client_id=context.manifest.client_id, adapter=copy_local_to_global(adapter)
+        )
+
+    def prepare(
+        self, downlink: SharedTensors, state: ClientState, context: ClientContext
+    ) -> tuple[ClientState, tuple[Pass, ...]]:
+        """Makes the global branch: own local branch, overwritten by what was received.
+
+        Raises:
+            PlanError: the downlink does not fit the client's adapter.
+        """
+        adapter = copy_local_to_global(state.adapter)
+        adapter = receive(adapter, downlink, Branch.GLOBAL, state.client_id)
+        if self._options.global_branch:
+            view, train = View.GATED, frozenset({Branch.LOCAL, Branch.SHARED})
+        else:
+            view, train = View.LOCAL, frozenset({Branch.LOCAL})
+        return replace(state, adapter=adapter), (
+            Pass(name=str(view), view=view, train=train, num_steps=context.num_steps),
+        )
+
+    def finish(
+        self,
+        result: LocalResult,
+        state: ClientState,
+        context: ClientContext,  # noqa: ARG002 - the contract's signature
+        header: UpdateHeader,
+    ) -> tuple[ClientUpdate, ClientState]:
+        """Uploads the local branch of the shared channels."""
+        adapter: Mapping[Any, Tensor] = dict(result.adapter)
+        if not self._options.global_branch:
+            # The reported view is the gated one; with equal branches it is the local model.
+            adapter = copy_local_to_global(adapter)
+        tensors = shared_tensors(result.adapter, self._options.channels)
+        return ClientUpdate(header=header, tensors=tensors), replace(state, adapter=adapter)
+
+
+class FedMosaic:
+    """A global branch of its own for every client."""
+
+    name: ClassVar[str] = "fedmosaic"
+    adapter: ClassVar[str] = "pq_lora"
+    needs_sketch: ClassVar[bool] = True
+    relative_steps: ClassVar[float] = 0.94
+    eval_view: ClassVar[str] = "gated"
+    Options: ClassVar[type] = FedMosaicOptions
+
+    def __init__(self, options: FedMosaicOptions) -> None:
+        self.options = options
+        self._client = FedMosaicClient(options)
+
+    @property
+    def client(self) -> FedMosaicClient:
+        """The client half."""
+        return self._client
+
+    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
+        """Remembers the clients and the seed; no sketch is known yet.
+
+        Raises:
+            PlanError: no client, or an id twice.
+        """
+        return {
+            "seed": seed,
+            "layouts": layouts_by_client(manifests),
+            "sketches": {},
+            "last_round": {},
+        }
+
+    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
+        """A cohort drawn without replacement from seed and round."""
+        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
+
+    def plan(
+        self, state: ServerState, headers: Sequence[UpdateHeader]
+    ) -> tuple[ServerState, MixingPlan]:
+        """Takes the sketches in; every client gets a row per channel in which it has a peer.
+
+        Raises:
+            PlanError: a header of an unknown client, two of one client, or a sketch that is
+                missing, not finite, or of another shape than the rest.
+        """
+        after = self._take_in(state, headers)
+        clients = [int(client) for client in after["layouts"]]
+        similarity = self._similarity(after, clients)
+        rows = {
+            channel: self._rows(after, channel, clients, similarity)
+            for channel in self.options.channels
+        }
+        widest = next((rows[name] for name in self.options.channels if rows[name]), ())
+        plan = MixingPlan(
+            rows={channel: made for channel, made in rows.items() if made},
+            relevance=None if similarity is None else similarity.to(torch.float32),
+            weights=weight_matrix(clients, widest),
+        )
+        return after, plan
+
+    def _take_in(self, state: ServerState, headers: Sequence[UpdateHeader]) -> dict[str, Any]:
+        """The state with the headers' sketches and rounds."""
+        check_participants(state["layouts"], [header.client_id for header in headers])
+        sketches = dict(state["sketches"])
+        last_round = dict(state["last_round"])
+        for header in headers:
+            last_round[str(header.client_id)] = header.round_idx
+            if self.options.relevance == "sketch":
+                sketches[str(header.client_id)] = _checked_sketch(header)
+        shapes = {client: tuple(sketch.shape) for client, sketch in sketches.items()}
+        if len(set(shapes.values())) > 1:
+            raise PlanError(
+                f"sketches have different shapes: {shapes}",
+                hint="all clients must use the same proxy model and the same sketch settings",
+            )
+        return {**state, "sketches": sketches, "last_round": last_round}
+
+    def _similarity(self, state: ServerState, clients: Sequence[int]) -> Tensor | None:
+        """(clients, clients) float64 similarity, NaN where a sketch is unknown; None if unused."""
+        if self.options.relevance == "uniform":
+            return None
+        full = torch.full((len(clients), len(clients)), float("nan"), dtype=torch.float64)
+        known = [index for index, client in enumerate(clients) if str(client) in state["sketches"]]
+        if known:
+            measure = column_similarity if self.options.similarity == "columns" else flat_similarity
+            where = torch.tensor(known)
+            sketches = [state["sketches"][str(clients[index])] for index in known]
+            full[where[:, None], where[None, :]] = measure(sketches)
+        return full
+
+    def _rows(
+        self,
+        state: ServerState,
+        channel: str,
+        clients: Sequence[int],
+        similarity: Tensor | None,
+    ) -> tuple[MixRow, ...]:
+        """The rows of one channel; receivers without a peer have none."""
+        sources = self._sources(state)
+        layout = [state["layouts"][str(client)].get(channel) for client in clients]
+        # A receiver without a sketch has no evidence: equal similarity to all, hence equal weights.
+        known = (
+            torch.zeros(len(clients), len(clients), dtype=torch.float64)
+            if similarity is None
+            else similarity.nan_to_num(nan=0.0)
+        )
+        rows: list[MixRow] = []
+        for index, client in enumerate(clients):
+            peers = [
+                other
+                for other in range(len(clients))
+                if other != index
+                and clients[other] in sources
+                and layout[other] is not None
+                and layout[other] == layout[index]
+            ]
+            if self.options.top_k is not None:
+                scores = known[index].tolist()
+                peers = sorted(peers, key=lambda other: (-scores[other], other))
+                peers = sorted(peers[: self.options.top_k])
+            if peers:
+                rows.append(
+                    MixRow(
+                        target=client,
+                        sources=tuple(clients[other] for other in peers),
+                        weights=_softmax_row(known, index, peers, self.options.temperature),
+                    )
+                )
+        return tuple(rows)
+
+    def _sources(self, state: ServerState) -> frozenset[int]:
+        """Clients that took part, and not too long ago."""
+        last_round: Mapping[str, int] = state["last_round"]
+        limit = self.options.max_staleness
+        now = max(last_round.values(), default=0)
+        return frozenset(
+            int(client)
+            for client, seen in last_round.items()
+            if limit is None or now - seen <= limit
+        )
+
+
+def _softmax_row(
+    similarity: Tensor, index: int, peers: Sequence[int], temperature: float
+) -> tuple[float, ...]:
+    """Relevance weights of one receiver over its peers (ascending positions)."""
+    members = torch.tensor(sorted([index, *peers]))
+    weights = relevance_weights(similarity[members[:, None], members[None, :]], temperature)
+    own = int((members == index).nonzero())
+    row: list[float] = weights[own].tolist()
+    return tuple(weight for position, weight in enumerate(row) if position != own)
+
+
+def _checked_sketch(header: UpdateHeader) -> Tensor:
+    sketch = header.sketch
+    if sketch is None or sketch.ndim != 2:
+        found = "none" if sketch is None else f"shape {tuple(sketch.shape)}"
+        raise PlanError(
+            f"client {header.client_id}, round {header.round_idx + 1}: FedMosaic needs a sketch "
+            f"of shape (rows, columns), got {found}"
+        )
+    if not bool(torch.isfinite(sketch).all()):
+        raise PlanError(
+            f"client {header.client_id}, round {header.round_idx + 1}: the sketch holds NaN or "
+            "infinite values",
+            hint="lower the learning rate or the noise, or set sketch.clip_norm",
+        )
+    return sketch.detach().to(dtype=torch.float32, device="cpu")

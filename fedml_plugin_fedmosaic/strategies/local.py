@@ -1,0 +1,120 @@
+"""Local training only (SFT): every client keeps its own adapter and nothing is shared.
+
+Equation, with T rounds and client i's data D_i::
+
+    theta_i <- argmin over theta of CE(theta; D_i), continued from round to round
+
+The baseline "SFT" of FedMosaic (arXiv 2506.11024). The released code also averages the adapters of
+each architecture and then ignores the average; here nothing is sent at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.core.types import (
+    AdapterState,
+    Branch,
+    ClientContext,
+    ClientManifest,
+    ClientState,
+    ClientUpdate,
+    LocalResult,
+    MixingPlan,
+    Pass,
+    SharedTensors,
+    UpdateHeader,
+    View,
+)
+from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.common import (
+    check_participants,
+    draw_cohort,
+    layouts_by_client,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class LocalOptions:
+    """Local training has no options."""
+
+
+class LocalClient:
+    """Trains the local branch on the client's own data."""
+
+    def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
+        """The freshly injected adapter."""
+        return ClientState(client_id=context.manifest.client_id, adapter=dict(adapter))
+
+    def prepare(
+        self, downlink: SharedTensors, state: ClientState, context: ClientContext
+    ) -> tuple[ClientState, tuple[Pass, ...]]:
+        """One pass over the local branch.
+
+        Raises:
+            PlanError: the downlink is not empty.
+        """
+        if downlink:
+            raise PlanError(
+                f"client {state.client_id} trains alone but received {len(downlink)} tensors"
+            )
+        train = frozenset({Branch.LOCAL})
+        return state, (
+            Pass(name="local", view=View.LOCAL, train=train, num_steps=context.num_steps),
+        )
+
+    def finish(
+        self,
+        result: LocalResult,
+        state: ClientState,
+        context: ClientContext,  # noqa: ARG002 - the contract's signature
+        header: UpdateHeader,
+    ) -> tuple[ClientUpdate, ClientState]:
+        """An update without tensors."""
+        after = replace(state, adapter=dict(result.adapter))
+        return ClientUpdate(header=header, tensors={}), after
+
+
+class Local:
+    """Nobody receives anything."""
+
+    name: ClassVar[str] = "local"
+    adapter: ClassVar[str] = "lora"
+    needs_sketch: ClassVar[bool] = False
+    relative_steps: ClassVar[float] = 1.0
+    eval_view: ClassVar[str] = "local"
+    Options: ClassVar[type] = LocalOptions
+
+    def __init__(self, options: LocalOptions) -> None:
+        self.options = options
+        self._client = LocalClient()
+
+    @property
+    def client(self) -> LocalClient:
+        """The client half."""
+        return self._client
+
+    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
+        """Remembers the clients and the seed.
+
+        Raises:
+            PlanError: no client, or an id twice.
+        """
+        return {"seed": seed, "layouts": layouts_by_client(manifests)}
+
+    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
+        """A cohort drawn without replacement from seed and round."""
+        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
+
+    def plan(
+        self, state: ServerState, headers: Sequence[UpdateHeader]
+    ) -> tuple[ServerState, MixingPlan]:
+        """The same state and an empty plan."""
+        check_participants(state["layouts"], [header.client_id for header in headers])
+        return state, MixingPlan()
