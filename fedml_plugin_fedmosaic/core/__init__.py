@@ -1,1 +1,1 @@
-"""The words of the house: types, errors, registries, seeds and events (standard library + torch only)."""
+"""The words of the house: types, errors, registries, seeds and events."""

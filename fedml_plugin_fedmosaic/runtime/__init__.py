@@ -1,1 +1,1 @@
-""""""
+"""The loop that puts strategies, engines and communicators together."""

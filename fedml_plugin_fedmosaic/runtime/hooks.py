@@ -36,7 +36,7 @@ class RoundHooks(Protocol):
 class NoHooks:
     """Changes nothing."""
 
-    def before_local_training(self, client_id: int, downlink: SharedTensors) -> SharedTensors:
+    def before_local_training(self, client_id: int, downlink: SharedTensors) -> SharedTensors:  # noqa: ARG002
         """Returns the downlink."""
         return downlink
 

@@ -1,0 +1,192 @@
+"""A client as the loop sees it: its data over time, its engine, its state, its client half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from fedml_plugin_fedmosaic.config.sections import Experiment
+from fedml_plugin_fedmosaic.core.registry import ADAPTERS
+from fedml_plugin_fedmosaic.core.rng import derive_seed
+from fedml_plugin_fedmosaic.core.types import (
+    ClientContext,
+    ClientManifest,
+    ClientState,
+    ClientUpdate,
+    LocalResult,
+    Pass,
+    SharedTensors,
+    UpdateHeader,
+)
+from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
+from fedml_plugin_fedmosaic.engine.torch import TorchEngine
+from fedml_plugin_fedmosaic.equations.gradient import smooth
+from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
+from fedml_plugin_fedmosaic.strategies.base import Strategy
+
+
+class EnginePool:
+    """One engine per base model, made on first use; clients of a model take turns on it.
+
+    Args:
+        experiment: the run.
+        bundles: base models by name.
+        adapter: adapter of the strategy, unless the configuration names one.
+    """
+
+    def __init__(
+        self, experiment: Experiment, bundles: Mapping[str, ModelBundle], adapter: str
+    ) -> None:
+        chosen = experiment.adapter.type
+        self.adapter = adapter if chosen == "auto" else chosen
+        _ = ADAPTERS[self.adapter]
+        self._experiment = experiment
+        self._bundles = bundles
+        self._engines: dict[str, TorchEngine] = {}
+
+    def engine(self, model: str) -> TorchEngine:
+        """The engine of a model."""
+        if model not in self._engines:
+            exp = self._experiment
+            self._engines[model] = TorchEngine(
+                self._bundles[model],
+                exp.adapter,
+                self.adapter,
+                exp.optim,
+                exp.evaluation,
+                derive_seed(exp.common.random_seed, "adapter"),
+            )
+        return self._engines[model]
+
+    def close(self) -> None:
+        """Takes the adapters out of the base models."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+
+class ClientRunner:
+    """One client through all rounds of one strategy.
+
+    Attributes:
+        manifest: what the server knows of the client.
+        state: what survives a round.
+        dirty: whether the state has changed since it was last saved.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifest: ClientManifest,
+        data: ClientData,
+        engine: TorchEngine,
+        strategy: Strategy,
+        experiment: Experiment,
+    ) -> None:
+        self.manifest = manifest
+        self.data = data
+        self.engine = engine
+        self.dirty = False
+        self._strategy = strategy
+        self._experiment = experiment
+        self._seed = experiment.common.random_seed
+        self._arrivals = Arrivals(data, experiment)
+        self._batches: Sequence[Sequence[Sample]] = ()
+        self._result: LocalResult | None = None
+        self.state: ClientState = strategy.client.init_state(
+            engine.initial_adapter(), self.context(0)
+        )
+
+    def context(self, round_idx: int) -> ClientContext:
+        """What the client half may know in a round."""
+        steps = self._experiment.optim.num_steps * self._strategy.relative_steps
+        return ClientContext(
+            manifest=self.manifest,
+            round_idx=round_idx,
+            num_rounds=self._experiment.train.comm_round,
+            num_steps=max(1, round(steps)),
+            seed=self._seed,
+        )
+
+    def prepare(self, downlink: SharedTensors, round_idx: int) -> tuple[Pass, ...]:
+        """Takes the downlink in, draws the round's batches, and says which passes to train."""
+        self.dirty = True
+        context = self.context(round_idx)
+        self.state, passes = self._strategy.client.prepare(downlink, self.state, context)
+        self._batches = self._arrivals.batches(round_idx, context.num_steps)
+        self._result = None
+        return passes
+
+    def fit(self, pass_: Pass, round_idx: int, on_step: Callable[[int, int], None]) -> LocalResult:
+        """Trains one pass on the round's batches."""
+        optim = self._experiment.optim
+        progress = round_idx / max(self._experiment.train.comm_round, 1)
+        scale = 1.0 - (1.0 - optim.final_lr_fraction) * progress
+        result = self.engine.fit(
+            replace(pass_, lr_scale=pass_.lr_scale * scale),
+            self.state.adapter,
+            self._batches[: pass_.num_steps],
+            seed=derive_seed(self._seed, "fit", self.manifest.client_id, round_idx, pass_.name),
+            on_step=on_step,
+        )
+        self.state = replace(self.state, adapter=result.adapter)
+        self._result = result
+        return result
+
+    def sketch(self, sketcher: SketchEngine, round_idx: int) -> None:
+        """Computes the round's sketch and smooths it over the rounds."""
+        current = sketcher.compute(
+            self._batches, client_id=self.manifest.client_id, round_idx=round_idx
+        )
+        smoothed = smooth(self.state.sketch, current, self._experiment.sketch.ema)
+        self.state = replace(self.state, sketch=smoothed)
+
+    def finish(self, round_idx: int) -> ClientUpdate:
+        """Makes the update and the next state."""
+        if self._result is None:
+            raise RuntimeError("finish() before fit(): the strategy's prepare() returned no pass")
+        header = UpdateHeader(
+            client_id=self.manifest.client_id,
+            round_idx=round_idx,
+            num_examples=self._result.num_examples,
+            sketch=self.state.sketch if self._strategy.needs_sketch else None,
+        )
+        update, state = self._strategy.client.finish(
+            self._result, self.state, self.context(round_idx), header
+        )
+        self.state = replace(
+            state,
+            participations=state.participations + 1,
+            extra={**state.extra, "arrivals": self._arrivals.state()},
+        )
+        return update
+
+
+def build_clients(
+    experiment: Experiment, data: FederatedData, pool: EnginePool, strategy: Strategy
+) -> dict[int, ClientRunner]:
+    """All clients of the scenario, in ascending id."""
+    runners: dict[int, ClientRunner] = {}
+    for client in data.clients:
+        engine = pool.engine(client.model_id)
+        manifest = ClientManifest(
+            client_id=client.client_id,
+            model=client.model_id,
+            family=engine.info.family,
+            signature=engine.info.signature,
+            num_layers=engine.info.num_layers,
+            num_blocks=experiment.adapter.num_blocks,
+            num_examples=sum(len(samples) for samples in client.train),
+            tasks=tuple(task.name for task in client.tasks),
+            layouts=engine.layouts(),
+        )
+        runners[client.client_id] = ClientRunner(
+            manifest=manifest,
+            data=client,
+            engine=engine,
+            strategy=strategy,
+            experiment=experiment,
+        )
+    return runners

@@ -1,0 +1,128 @@
+"""Self and Others: scoring clients' models on their own and on the others' tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from fedml_plugin_fedmosaic.config.sections import AdapterConfig, Experiment
+from fedml_plugin_fedmosaic.core.events import Evaluated, EvaluationProgress, EventSink
+from fedml_plugin_fedmosaic.core.types import View
+from fedml_plugin_fedmosaic.data.base import FederatedData, Sample
+from fedml_plugin_fedmosaic.engine.base import Score
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.torch import TorchEngine
+from fedml_plugin_fedmosaic.runtime.client import ClientRunner
+from fedml_plugin_fedmosaic.strategies.base import Strategy
+
+BASE = "base"
+
+
+def _test_samples(
+    experiment: Experiment, data: FederatedData, task: str, *, final: bool
+) -> Sequence[Sample]:
+    samples = data.test[task]
+    limit = experiment.evaluation.round_samples
+    return samples if final or limit is None else samples[:limit]
+
+
+def _scope(task: str, own: Sequence[str]) -> Literal["self", "others"]:
+    return "self" if task in own else "others"
+
+
+def evaluate_base(
+    experiment: Experiment,
+    data: FederatedData,
+    bundles: Mapping[str, ModelBundle],
+    owned: Sequence[int],
+    sink: EventSink,
+) -> None:
+    """Scores the untouched base models, once per model and task, for every owned client."""
+    clients = [client for client in data.clients if client.client_id in owned]
+    others = experiment.evaluation.others
+    wanted = {
+        (client.model_id, task)
+        for client in clients
+        for task in (data.tasks if others else [own.name for own in client.tasks])
+    }
+    scores: dict[tuple[str, str], Score] = {}
+    for model in sorted({model for model, _ in wanted}):
+        # A minimal adapter structure: the view "base" switches it off.
+        engine = TorchEngine(
+            bundles[model],
+            AdapterConfig(rank=1, num_blocks=1),
+            "lora",
+            experiment.optim,
+            experiment.evaluation,
+            0,
+        )
+        try:
+            for task in sorted(task for name, task in wanted if name == model):
+                samples = _test_samples(experiment, data, task, final=True)
+                scores[model, task] = engine.evaluate(None, View.BASE, samples, data.tasks[task])
+                sink(
+                    EvaluationProgress(strategy=BASE, done=len(scores), total=len(wanted)),
+                )
+        finally:
+            engine.close()
+    for client in clients:
+        own = [task.name for task in client.tasks]
+        for task in data.tasks if others else own:
+            score = scores[client.model_id, task]
+            sink(
+                Evaluated(
+                    strategy=BASE,
+                    round_idx=-1,
+                    client_id=client.client_id,
+                    view=View.BASE,
+                    scope=_scope(task, own),
+                    task=task,
+                    metric=score.metric,
+                    value=score.value,
+                    num_samples=score.num_samples,
+                    final=True,
+                )
+            )
+
+
+def evaluate_clients(
+    *,
+    strategy: Strategy,
+    experiment: Experiment,
+    data: FederatedData,
+    clients: Mapping[int, ClientRunner],
+    round_idx: int,
+    final: bool,
+    sink: EventSink,
+) -> None:
+    """Scores the clients' present models.
+
+    Between rounds: own tasks, the strategy's own view, ``round_samples`` samples. After the last
+    round: also the others' tasks and the further views that the configuration asks for.
+    """
+    views = [strategy.eval_view]
+    if final:
+        views += [view for view in experiment.evaluation.views if view not in views]
+    jobs: list[tuple[ClientRunner, str, str]] = []
+    for client in clients.values():
+        own = list(client.manifest.tasks)
+        tasks = list(data.tasks) if final and experiment.evaluation.others else own
+        jobs += [(client, view, task) for view in views for task in tasks]
+    for done, (client, view, task) in enumerate(jobs, start=1):
+        samples = _test_samples(experiment, data, task, final=final)
+        score = client.engine.evaluate(client.state.adapter, View(view), samples, data.tasks[task])
+        sink(
+            Evaluated(
+                strategy=strategy.name,
+                round_idx=round_idx,
+                client_id=client.manifest.client_id,
+                view=view,
+                scope=_scope(task, client.manifest.tasks),
+                task=task,
+                metric=score.metric,
+                value=score.value,
+                num_samples=score.num_samples,
+                final=final,
+            )
+        )
+        sink(EvaluationProgress(strategy=strategy.name, done=done, total=len(jobs)))

@@ -1,0 +1,288 @@
+"""A whole run: load, check, train each strategy, evaluate, write the run folder.
+
+``prepare_run`` loads and checks everything and writes nothing; ``PreparedRun.execute`` makes the
+run folder and fills it. All strategies of a run (the main one and those it is compared with) see
+the same data in the same order, the same base models and the same seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedml_plugin_fedmosaic.config.loader import dump_experiment
+from fedml_plugin_fedmosaic.config.sections import Experiment, ModelSpec
+from fedml_plugin_fedmosaic.core.errors import ConfigError, FedMosaicError
+from fedml_plugin_fedmosaic.core.events import EventSink, RunFinished
+from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS, DATASETS
+from fedml_plugin_fedmosaic.data.base import FederatedData
+from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
+from fedml_plugin_fedmosaic.runtime.environment import collect_environment
+from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_base
+from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
+from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
+from fedml_plugin_fedmosaic.runtime.sinks import FanOut, JsonLines, merge_rank_files
+from fedml_plugin_fedmosaic.runtime.store import write_atomic
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What a run leaves behind."""
+
+    run_dir: Path
+    strategies: tuple[str, ...]
+    duration_s: float
+    train_s: float
+
+
+def _check_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelSpec]:
+    """The models that the scenario uses, by name."""
+    used = sorted({client.model_id for client in data.clients})
+    unknown = [name for name in used if name not in experiment.models]
+    if unknown:
+        known = ", ".join(experiment.models) or "none"
+        raise ConfigError(
+            f"the scenario uses model(s) {', '.join(unknown)} that model_args.models does not "
+            f"define; defined: {known}",
+            hint="add one entry per model_id of the scenario: {path: FOLDER_OR_HUB_ID}",
+        )
+    proxy = experiment.sketch.proxy
+    if proxy is not None and proxy not in experiment.models:
+        raise ConfigError(
+            f"sketch_args.sketch.proxy: no model {proxy!r}; defined: {', '.join(experiment.models)}"
+        )
+    names = used if proxy is None or proxy in used else [*used, proxy]
+    return {name: experiment.models[name] for name in names}
+
+
+def _check_clients(experiment: Experiment, data: FederatedData) -> None:
+    total = experiment.train.client_num_in_total
+    if total is not None and total != len(data.clients):
+        raise ConfigError(
+            f"train_args.client_num_in_total is {total}, but the scenario {data.name} has "
+            f"{len(data.clients)} clients",
+            hint="leave the key out to take the scenario's number",
+        )
+    drawn = experiment.train.client_num_per_round
+    if drawn is not None and drawn > len(data.clients):
+        raise ConfigError(
+            f"train_args.client_num_per_round is {drawn}, but there are {len(data.clients)} clients"
+        )
+
+
+def _device(experiment: Experiment) -> torch.device:
+    if not experiment.device.using_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device_args.using_gpu is true, but torch sees no CUDA device",
+            hint="set using_gpu: false, or start the job on a node with a GPU",
+        )
+    if experiment.device.gpu_id >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device_args.gpu_id is {experiment.device.gpu_id}, but torch sees "
+            f"{torch.cuda.device_count()} CUDA device(s), numbered from 0"
+        )
+    return torch.device("cuda", experiment.device.gpu_id)
+
+
+def strategies_of(experiment: Experiment) -> tuple[str, ...]:
+    """Names of the strategies of a run, in the order they run; the main one is last."""
+    compare = [name for name in experiment.evaluation.compare if name != experiment.algo]
+    return (*dict.fromkeys(compare), experiment.algo)
+
+
+def _claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
+    if run_dir is None and experiment.run.name is not None:
+        run_dir = Path(experiment.run.root) / experiment.run.name
+    if run_dir is not None:
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ConfigError(
+                f"the run folder {run_dir} exists and is not an empty folder",
+                hint="choose another --run-dir; results are never overwritten",
+            )
+        return run_dir
+    root = Path(experiment.run.root)
+    stem = f"{experiment.algo}-{experiment.data.source}"
+    number = 1
+    while (root / f"{stem}-{number:03d}").exists():
+        number += 1
+    return root / f"{stem}-{number:03d}"
+
+
+@dataclass(slots=True, kw_only=True)
+class PreparedRun:
+    """A checked run that has not started; made by :func:`prepare_run`."""
+
+    experiment: Experiment
+    data: FederatedData
+    bundles: Mapping[str, ModelBundle]
+    proxy: str
+    run_dir: Path
+    sinks: tuple[EventSink, ...]
+    hooks: RoundHooks
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What would run, as (label, value) lines for ``--dry-run``."""
+        exp = self.experiment
+        lines = [
+            ("strategies", ", ".join(strategies_of(exp))),
+            ("data", f"{self.data.name}, {len(self.data.tasks)} tasks, PFL-{exp.data.split}"),
+            ("clients", f"{len(self.data.clients)}, {self._cohort_size()} per round"),
+            ("rounds", f"{exp.train.comm_round}, {exp.optim.num_steps} steps each"),
+            ("backend", exp.comm.backend),
+            ("proxy model", self.proxy),
+            ("run folder", str(self.run_dir)),
+        ]
+        for name, bundle in self.bundles.items():
+            info = bundle.info
+            lines.append(
+                (
+                    f"model {name}",
+                    f"{info.family}, {info.num_parameters:,} parameters, {info.num_layers} layers",
+                )
+            )
+        for client in self.data.clients:
+            tasks = ", ".join(task.name for task in client.tasks)
+            lines.append((f"client {client.client_id}", f"{client.model_id}: {tasks}"))
+        return lines
+
+    def _cohort_size(self) -> int:
+        return self.experiment.train.client_num_per_round or len(self.data.clients)
+
+    def execute(self) -> RunSummary:
+        """Runs every strategy and writes the run folder.
+
+        Raises:
+            ClientFailure: a client failed; what finished before is in the run folder.
+        """
+        started = time.perf_counter()
+        comm = COMMUNICATORS["mpi" if self.experiment.comm.backend == "MPI" else "local"]()
+        metrics_name = "metrics.jsonl" if comm.rank == 0 else f"metrics.rank{comm.rank}.jsonl"
+        if comm.rank == 0:
+            self._write_header()
+        comm.barrier()
+        metrics = JsonLines(self.run_dir / metrics_name)
+        sink = FanOut([metrics, *self.sinks])
+        owned = comm.owned([client.client_id for client in self.data.clients])
+        train_s = 0.0
+        try:
+            if self.experiment.evaluation.base:
+                evaluate_base(self.experiment, self.data, self.bundles, owned, sink)
+            for name in strategies_of(self.experiment):
+                began = time.perf_counter()
+                run = StrategyRun(
+                    name=name,
+                    experiment=self.experiment,
+                    data=self.data,
+                    bundles=self.bundles,
+                    proxy=self.proxy,
+                    comm=comm,
+                    sink=sink,
+                    hooks=self.hooks,
+                    run_dir=self.run_dir,
+                )
+                run.execute()
+                train_s += run.train_s
+                sink(
+                    RunFinished(
+                        strategy=name,
+                        duration_s=time.perf_counter() - began,
+                        train_s=run.train_s,
+                    )
+                )
+        finally:
+            metrics.close()
+        comm.barrier()
+        if comm.rank == 0:
+            merge_rank_files(self.run_dir, comm.size)
+        return RunSummary(
+            run_dir=self.run_dir,
+            strategies=strategies_of(self.experiment),
+            duration_s=time.perf_counter() - started,
+            train_s=train_s,
+        )
+
+    def _write_header(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.run_dir / "config.yaml", dump_experiment(self.experiment).encode())
+        environment = collect_environment(seed=self.experiment.common.random_seed)
+        write_atomic(self.run_dir / "environment.json", json.dumps(environment, indent=1).encode())
+        clients = [
+            {
+                "client_id": client.client_id,
+                "model": client.model_id,
+                "family": self.bundles[client.model_id].info.family,
+                "size": self.bundles[client.model_id].info.size,
+                "signature": self.bundles[client.model_id].info.signature,
+                "tasks": [task.name for task in client.tasks],
+                "num_examples": sum(len(samples) for samples in client.train),
+            }
+            for client in self.data.clients
+        ]
+        write_atomic(self.run_dir / "clients.json", json.dumps(clients, indent=1).encode())
+
+
+def prepare_run(
+    experiment: Experiment,
+    run_dir: Path | None = None,
+    sinks: Sequence[EventSink] = (),
+    hooks: RoundHooks | None = None,
+) -> PreparedRun:
+    """Loads data and models and checks that every strategy can run; writes no run folder.
+
+    Args:
+        experiment: validated configuration.
+        run_dir: run folder; must not exist or be empty. A new one under ``run.root`` by default.
+        sinks: consumers of events, beside the metrics file.
+        hooks: the host framework's hooks.
+
+    Raises:
+        ConfigError: configuration, scenario and models do not fit together.
+        DataError: the data are broken.
+        AdapterError: rank or number of blocks is more than a model allows.
+    """
+    names = strategies_of(experiment)
+    for name in names:
+        build_strategy(name, experiment)
+    chosen_dir = _claim_run_dir(experiment, run_dir)
+    if experiment.device.num_threads is not None:
+        torch.set_num_threads(experiment.device.num_threads)
+    device = _device(experiment)
+    data = DATASETS[experiment.data.source](experiment.data)
+    _check_clients(experiment, data)
+    bundles = {
+        name: load_model(name, spec, device)
+        for name, spec in _check_models(experiment, data).items()
+    }
+    proxy = experiment.sketch.proxy or min(
+        bundles, key=lambda name: (bundles[name].info.num_parameters, name)
+    )
+    prepared = PreparedRun(
+        experiment=experiment,
+        data=data,
+        bundles=bundles,
+        proxy=proxy,
+        run_dir=chosen_dir,
+        sinks=tuple(sinks),
+        hooks=hooks or NoHooks(),
+    )
+    for name in names:
+        try:
+            StrategyRun.check(name, experiment, data, bundles)
+        except FedMosaicError as error:
+            error.add_note(f"while checking strategy {name!r}")
+            raise
+    LOG.info("prepared %s: %d clients, models %s", names, len(data.clients), ", ".join(bundles))
+    return prepared
+
+
+__all__ = ["PreparedRun", "RunSummary", "prepare_run", "strategies_of"]

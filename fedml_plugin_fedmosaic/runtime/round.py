@@ -1,0 +1,283 @@
+"""One strategy over all rounds: the loop that the strategy, engines and communicator plug into."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedml_plugin_fedmosaic.comm.base import Communicator
+from fedml_plugin_fedmosaic.config.sections import Experiment
+from fedml_plugin_fedmosaic.core.errors import ClientFailure, ConfigError, FedMosaicError
+from fedml_plugin_fedmosaic.core.events import (
+    ClientTrained,
+    EventSink,
+    PlanMade,
+    RoundFinished,
+    RoundStarted,
+    RunStarted,
+    StepsDone,
+)
+from fedml_plugin_fedmosaic.core.registry import STRATEGIES
+from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.data.base import FederatedData
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
+from fedml_plugin_fedmosaic.runtime.client import ClientRunner, EnginePool, build_clients
+from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
+from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
+from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, to_rows
+from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
+
+
+def build_strategy(name: str, experiment: Experiment) -> Strategy:
+    """A strategy with its options; strategies that are only compared with take their defaults.
+
+    Raises:
+        ConfigError: unknown strategy or wrong options.
+    """
+    strategy_class = STRATEGIES[name]
+    options = dict(experiment.strategy) if name == experiment.algo else {}
+    try:
+        validated = TypeAdapter(strategy_class.Options).validate_python(options)
+    except ValidationError as error:
+        lines = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'strategy'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(f"strategy_args.strategy of {name!r}: {lines}") from error
+    strategy: Strategy = strategy_class(validated)
+    return strategy
+
+
+class StrategyRun:
+    """Trains one strategy from round 1 to the last and evaluates it."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        experiment: Experiment,
+        data: FederatedData,
+        bundles: Mapping[str, ModelBundle],
+        proxy: str,
+        comm: Communicator,
+        sink: EventSink,
+        hooks: RoundHooks,
+        run_dir: Path,
+    ) -> None:
+        self.name = name
+        self.experiment = experiment
+        self.data = data
+        self.comm = comm
+        self.sink = sink
+        self.hooks = hooks
+        self.run_dir = run_dir
+        self.seed = experiment.common.random_seed
+        self.num_rounds = experiment.train.comm_round
+        self.clients_per_round = experiment.train.client_num_per_round or len(data.clients)
+        self.strategy = build_strategy(name, experiment)
+        self.pool = EnginePool(experiment, bundles, self.strategy.adapter)
+        self.proxy = bundles[proxy]
+        self.store = CheckpointStore(
+            run_dir / "checkpoints" / name, keep_last=experiment.run.keep_last, rank=comm.rank
+        )
+        self.train_s = 0.0
+
+    @classmethod
+    def check(
+        cls,
+        name: str,
+        experiment: Experiment,
+        data: FederatedData,
+        bundles: Mapping[str, ModelBundle],
+    ) -> None:
+        """Builds engines, clients and server state, and lets them go again.
+
+        Raises:
+            FedMosaicError: models, adapters, data and strategy do not fit together.
+        """
+        strategy = build_strategy(name, experiment)
+        pool = EnginePool(experiment, bundles, strategy.adapter)
+        try:
+            clients = build_clients(experiment, data, pool, strategy)
+            manifests = [client.manifest for client in clients.values()]
+            strategy.init(manifests, experiment.common.random_seed)
+        finally:
+            pool.close()
+
+    def execute(self) -> None:
+        """Runs all rounds, then the last evaluation."""
+        try:
+            self._execute()
+        finally:
+            self.pool.close()
+
+    def _execute(self) -> None:
+        clients = build_clients(self.experiment, self.data, self.pool, self.strategy)
+        owned = set(self.comm.owned(list(clients)))
+        state: ServerState = self.strategy.init(
+            [client.manifest for client in clients.values()], self.seed
+        )
+        sketcher = (
+            SketchEngine(self.proxy, self.experiment.sketch, self.seed)
+            if self.strategy.needs_sketch
+            else None
+        )
+        self.sink(
+            RunStarted(
+                strategy=self.name,
+                num_rounds=self.num_rounds,
+                num_clients=len(clients),
+                clients_per_round=self.clients_per_round,
+                run_dir=str(self.run_dir),
+            )
+        )
+        mine = {client_id: clients[client_id] for client_id in sorted(owned)}
+        downlinks: dict[int, SharedTensors] = {}
+        uploads: dict[int, SharedTensors] = {}
+        for round_idx in range(self.num_rounds):
+            began = time.perf_counter()
+            cohort = self.strategy.select(state, round_idx, self.clients_per_round)
+            self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
+            trained = [client_id for client_id in cohort if client_id in owned]
+            state, received = self._round(
+                round_idx, {i: mine[i] for i in trained}, state, downlinks, uploads, sketcher
+            )
+            downlinks.update(received)
+            self._report_round(round_idx, time.perf_counter() - began)
+            self._checkpoint(round_idx, state, mine, trained, downlinks)
+            self._evaluate(round_idx, mine)
+
+    def _round(
+        self,
+        round_idx: int,
+        cohort: Mapping[int, ClientRunner],
+        state: ServerState,
+        downlinks: Mapping[int, SharedTensors],
+        uploads: dict[int, SharedTensors],
+        sketcher: SketchEngine | None,
+    ) -> tuple[ServerState, dict[int, SharedTensors]]:
+        updates: dict[int, ClientUpdate] = {}
+        for client_id, client in cohort.items():
+            updates[client_id] = self._train(
+                client, round_idx, downlinks.get(client_id, {}), sketcher
+            )
+        accepted = self.hooks.before_aggregation(updates)
+        for client_id, update in accepted.items():
+            uploads[client_id] = update.tensors
+        headers: list[UpdateHeader] = [accepted[i].header for i in sorted(accepted)]
+        everyone = self.comm.exchange_headers(headers)
+        state, plan = self.strategy.plan(state, everyone)
+        self.sink(
+            PlanMade(
+                strategy=self.name,
+                round_idx=round_idx,
+                relevance=to_rows(plan.relevance),
+                weights=to_rows(plan.weights),
+            )
+        )
+        received: dict[int, Any] = dict(self.comm.execute(plan, uploads))
+        return state, dict(self.hooks.after_aggregation(received))
+
+    def _train(
+        self,
+        client: ClientRunner,
+        round_idx: int,
+        downlink: SharedTensors,
+        sketcher: SketchEngine | None,
+    ) -> ClientUpdate:
+        client_id = client.manifest.client_id
+
+        def on_step(done: int, total: int) -> None:
+            self.sink(
+                StepsDone(
+                    strategy=self.name,
+                    round_idx=round_idx,
+                    client_id=client_id,
+                    steps=done,
+                    total=total,
+                )
+            )
+
+        stage = "prepare"
+        try:
+            downlink = self.hooks.before_local_training(client_id, downlink)
+            passes = client.prepare(downlink, round_idx)
+            stage = "fit"
+            for pass_ in passes:
+                result = client.fit(pass_, round_idx, on_step)
+                self.sink(
+                    ClientTrained(
+                        strategy=self.name,
+                        round_idx=round_idx,
+                        client_id=client_id,
+                        pass_name=pass_.name,
+                        num_steps=len(result.losses),
+                        num_examples=result.num_examples,
+                        num_tokens=result.num_tokens,
+                        mean_loss=sum(result.losses) / max(len(result.losses), 1),
+                        duration_s=result.duration_s,
+                    )
+                )
+            stage = "sketch"
+            if sketcher is not None:
+                client.sketch(sketcher, round_idx)
+            stage = "finish"
+            update = client.finish(round_idx)
+            return self.hooks.after_local_training(update)
+        except FedMosaicError as error:
+            error.add_note(f"client {client_id}, round {round_idx + 1}, {stage}")
+            raise
+        except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+            raise ClientFailure(
+                client_id, round_idx, stage, f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _report_round(self, round_idx: int, duration_s: float) -> None:
+        self.train_s += duration_s
+        self.sink(
+            RoundFinished(
+                strategy=self.name,
+                round_idx=round_idx,
+                duration_s=duration_s,
+                uplink_bytes=dict(self.comm.uplink_bytes),
+                downlink_bytes=dict(self.comm.downlink_bytes),
+            )
+        )
+
+    def _checkpoint(
+        self,
+        round_idx: int,
+        state: ServerState,
+        mine: Mapping[int, ClientRunner],
+        trained: list[int],
+        downlinks: Mapping[int, SharedTensors],
+    ) -> None:
+        last = round_idx == self.num_rounds - 1
+        if not last and (round_idx + 1) % self.experiment.run.save_every:
+            return
+        # With save_every > 1 a client may have trained in a round that was not saved.
+        changed = {i: client.state for i, client in mine.items() if client.dirty or i in trained}
+        written = self.store.save_clients(round_idx, changed, downlinks)
+        for client_id in changed:
+            mine[client_id].dirty = False
+        self.comm.barrier()
+        self.store.commit(round_idx, state, written)
+
+    def _evaluate(self, round_idx: int, mine: Mapping[int, ClientRunner]) -> None:
+        last = round_idx == self.num_rounds - 1
+        every = self.experiment.evaluation.every
+        if last or (every and (round_idx + 1) % every == 0):
+            evaluate_clients(
+                strategy=self.strategy,
+                experiment=self.experiment,
+                data=self.data,
+                clients=mine,
+                round_idx=round_idx,
+                final=last,
+                sink=self.sink,
+            )
