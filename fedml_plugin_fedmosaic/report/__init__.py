@@ -1,1 +1,1 @@
-""""""
+"""From metrics to tables, plots and pages."""

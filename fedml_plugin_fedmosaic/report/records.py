@@ -1,0 +1,170 @@
+"""Reads the files of a run folder into typed records.
+
+A run folder holds ``metrics.jsonl`` (one event per line, see ``core.events.to_record``),
+``clients.json``, ``config.yaml`` and ``environment.json``. Only the first two are required.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedml_plugin_fedmosaic.core import events as ev
+from fedml_plugin_fedmosaic.core.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+CLIENTS_FILE = "clients.json"
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+BASE = "base"
+"""Name under which the untouched base models are evaluated."""
+
+_STORED: Mapping[str, type[ev.Event]] = {
+    kind.__name__: kind
+    for kind in (
+        ev.RunStarted,
+        ev.RoundStarted,
+        ev.ClientTrained,
+        ev.PlanMade,
+        ev.RoundFinished,
+        ev.Evaluated,
+        ev.RunFinished,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientInfo:
+    """One entry of ``clients.json``."""
+
+    client_id: int
+    model: str
+    family: str
+    size: str
+    signature: str
+    tasks: tuple[str, ...]
+    num_examples: int
+
+    @property
+    def label(self) -> str:
+        """Family and size, as tables show a model."""
+        return f"{self.family} {self.size}".strip()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def event_from_record(record: Mapping[str, Any]) -> ev.Event | None:
+    """The inverse of ``core.events.to_record``.
+
+    Args:
+        record: one JSON object of ``metrics.jsonl``.
+
+    Returns:
+        The event; None for an event type that this version does not know.
+
+    Raises:
+        KeyError: the record has no ``event`` or lacks a field.
+    """
+    kind = _STORED.get(record["event"])
+    if kind is None:
+        return None
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.name not in record and item.name == "final":
+            continue
+        value = record[item.name]
+        if item.name.endswith("_bytes"):
+            value = {int(key): int(number) for key, number in value.items()}
+        values[item.name] = _tuples(value)
+    return kind(**values)
+
+
+def read_events(path: Path) -> list[ev.Event]:
+    """Reads ``metrics.jsonl``; a torn last line (a killed run) is left out.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The events in file order, without types that this version does not know.
+
+    Raises:
+        DataError: the file is missing, or a line before the last is not an event record.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; expected the metrics of a run",
+            hint="give a run folder, the one that `fedml run --algo ...` printed",
+        )
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    events: list[ev.Event] = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            event = event_from_record(record)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if number == last and not text.endswith("\n"):
+                _LOG.warning("%s:%d: torn last line left out", path, number + 1)
+                break
+            raise DataError(
+                f"{path}:{number + 1}: not an event record "
+                f"({type(error).__name__}: {error}); found {line[:80]!r}",
+                hint="remove the damaged line, or rerun",
+            ) from error
+        if event is not None:
+            events.append(event)
+    return events
+
+
+def read_json(path: Path, *, required: bool) -> Any:
+    """Reads a JSON file of a run folder.
+
+    Args:
+        path: the file.
+        required: whether a missing file is an error; None is returned otherwise.
+
+    Raises:
+        DataError: the file is missing although required, or is not JSON (file and line).
+    """
+    if not path.is_file():
+        if required:
+            raise DataError(
+                f"{path}: no such file; expected it in a run folder",
+                hint="give the folder that `fedml run --algo ...` printed",
+            )
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+
+
+def read_clients(path: Path) -> tuple[ClientInfo, ...]:
+    """Reads ``clients.json``, ascending by client id.
+
+    Raises:
+        DataError: the file is missing, or an entry lacks a field.
+    """
+    records = read_json(path, required=True)
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list of clients, got {type(records).__name__}")
+    clients = []
+    for position, record in enumerate(records):
+        try:
+            values = {item.name: _tuples(record[item.name]) for item in fields(ClientInfo)}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: client at position {position} lacks {error}") from error
+        clients.append(ClientInfo(**values))
+    return tuple(sorted(clients, key=lambda client: client.client_id))

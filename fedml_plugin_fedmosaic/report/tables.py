@@ -1,0 +1,374 @@
+"""Result tables as text cells: one run per client, several runs per strategy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, load_run, mean
+from fedml_plugin_fedmosaic.report.numbers import MISSING, mean_ci, percent, readable_bytes, seconds
+from fedml_plugin_fedmosaic.report.records import BASE
+
+SUMMARY_FILE = "summary.json"
+MAX_WIDTH = 100
+"""Columns of text that a summary may take, with three characters between two columns."""
+REFERENCE = "local"
+"""Strategy that paired differences are taken to."""
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """A table of text cells, ready for a terminal, HTML or Markdown.
+
+    Attributes:
+        columns: headers; a newline separates a header's two lines.
+        rows: cells, one list per row, as many as columns.
+        notes: sentences to print below.
+        num_left: leading columns that are text (the others are numbers: align them right).
+        num_footer: last rows that sum up the others.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    num_left: int = 1
+    num_footer: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        """Width of every column in characters."""
+        return [
+            max(max(map(len, head.split("\n"))), *(len(row[i]) for row in self.rows), 0)
+            for i, head in enumerate(self.columns)
+        ]
+
+    @property
+    def width(self) -> int:
+        """Width of the whole table with a frame: three characters a column and one more."""
+        return sum(self.widths) + 3 * len(self.columns) + 1
+
+    def to_text(self) -> str:
+        """The table for a plain terminal or log file."""
+        widths = self.widths
+        heads = [head.split("\n") for head in self.columns]
+        depth = max(map(len, heads))
+        lines = [[""] * (depth - len(head)) + head for head in heads]
+        table = [[line[level] for line in lines] for level in range(depth)]
+        rule = "-+-".join("-" * width for width in widths)
+        text = [self._line(cells, widths) for cells in table]
+        text.append(rule)
+        for number, row in enumerate(self.rows):
+            if self.num_footer and number == len(self.rows) - self.num_footer:
+                text.append(rule)
+            text.append(self._line(row, widths))
+        return "\n".join([*text, *self.notes])
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        heads = [head.replace("\n", " ") for head in self.columns]
+        marks = ["---" if i < self.num_left else "---:" for i in range(len(heads))]
+        lines = [f"| {' | '.join(cells)} |" for cells in (heads, marks, *self.rows)]
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+    def transposed(self) -> SummaryTable:
+        """Rows as columns, for a table with many measures and few strategies."""
+        heads = [head.replace("\n", " ") for head in self.columns]
+        rows = [[heads[i], *(row[i] for row in self.rows)] for i in range(1, len(heads))]
+        return SummaryTable([heads[0], *(row[0] for row in self.rows)], rows, list(self.notes))
+
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        return " | ".join(
+            cell.ljust(width) if i < self.num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+
+def _pair(first: float | None, second: float | None) -> str:
+    return f"{percent(first)} / {percent(second)}"
+
+
+def _task_cells(run: Run, budget: int) -> list[str]:
+    """Tasks per client within ``budget`` characters: names, or names and a count, or a count."""
+    cells = []
+    for client in run.clients:
+        names = list(client.tasks)
+        text = ", ".join(names)
+        shown = len(names)
+        while len(text) > budget and shown > 1:
+            shown -= 1
+            text = ", ".join(names[:shown]) + f" +{len(names) - shown}"
+        cells.append(text if len(text) <= budget else f"{len(names)} tasks")
+    return cells
+
+
+def _summary(run: Run, names: Sequence[str]) -> SummaryTable:
+    columns = ["client", "model", "tasks", *(f"{name}\nSelf / Others" for name in names)]
+    own = {name: run.strategies[name].client_scores("self") for name in names}
+    others = {name: run.strategies[name].client_scores("others") for name in names}
+    score_cells = [
+        [_pair(own[n].get(c.client_id), others[n].get(c.client_id)) for n in names]
+        for c in run.clients
+    ]
+    models = [client.label for client in run.clients]
+    footer = [
+        ["mean", "", "", *(_pair(m.self_mean, m.others_mean) for m in _all(run, names))],
+        ["worst client", "", "", *(_pair(m.worst, m.worst_others) for m in _all(run, names))],
+    ]
+    fixed = SummaryTable(
+        columns,
+        [
+            *(
+                [str(c.client_id), m, "", *s]
+                for c, m, s in zip(run.clients, models, score_cells, strict=True)
+            ),
+            *footer,
+        ],
+        [],
+    )
+    budget = max(MAX_WIDTH - fixed.width + len("tasks"), len("12 tasks"))
+    rows = [
+        [str(client.client_id), model, tasks, *cells]
+        for client, model, tasks, cells in zip(
+            run.clients, models, _task_cells(run, budget), score_cells, strict=True
+        )
+    ]
+    return SummaryTable(columns, [*rows, *footer], [], num_left=3, num_footer=len(footer))
+
+
+def _all(run: Run, names: Sequence[str]) -> list[StrategyMetrics]:
+    return [run.strategies[name] for name in names]
+
+
+def summary_table(run: Run) -> SummaryTable:
+    """Like :func:`summary_rows`, for a run that is already read."""
+    names = list(run.ordered)
+    notes = [
+        "Accuracy in percent: Self = the client's own tasks, Others = all other tasks; "
+        "mean over tasks."
+    ]
+    table = _summary(run, names)
+    left_out: list[str] = []
+    # Base, reference and main strategy stay as long as possible.
+    optional = [name for name in names if name not in (BASE, REFERENCE, run.main)]
+    for name in [*reversed(optional), BASE, REFERENCE]:
+        if table.width <= MAX_WIDTH or len(names) == 1:
+            break
+        if name in names and name != run.main:
+            names.remove(name)
+            left_out.append(name)
+            table = _summary(run, names)
+    if left_out:
+        notes.append(f"Left out for width (they are in report.html): {', '.join(left_out)}.")
+    unfinished = [
+        name for name in run.ordered if name != BASE and run.strategies[name].finished is None
+    ]
+    if unfinished:
+        notes.append(f"Not finished: {', '.join(unfinished)}; the last evaluated round is shown.")
+    return SummaryTable(table.columns, table.rows, notes, table.num_left, table.num_footer)
+
+
+def summary_rows(run_dir: Path) -> SummaryTable:
+    """One row per client, with Self and Others of base, compared and main strategy.
+
+    Args:
+        run_dir: run folder, finished or not.
+
+    Returns:
+        A table at most :data:`MAX_WIDTH` characters wide; the last two rows are the mean over the
+        clients and the worst client (the smallest value of each column).
+
+    Raises:
+        DataError: the folder is not a run folder, or a file in it is damaged.
+    """
+    return summary_table(load_run(run_dir))
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One column of a comparison.
+
+    Attributes:
+        name: header.
+        read: value of one strategy of one run, or None.
+        show: formats a value.
+        is_score: higher is better, so a paired difference to the reference is shown.
+    """
+
+    name: str
+    read: Callable[[StrategyMetrics], float | None]
+    show: Callable[[float | None], str]
+    is_score: bool = False
+
+
+def _count(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure("Self\nA_last", lambda m: m.self_mean, percent, is_score=True),
+    Measure("Self\nA_AUC", lambda m: m.a_auc, percent, is_score=True),
+    Measure("Others\nA_last", lambda m: m.others_mean, percent, is_score=True),
+    Measure("worst client\nSelf", lambda m: m.worst, percent, is_score=True),
+    Measure("up / client\nand round", lambda m: m.bytes_per_client_round("uplink"), readable_bytes),
+    Measure(
+        "down / client\nand round", lambda m: m.bytes_per_client_round("downlink"), readable_bytes
+    ),
+    Measure("steps", lambda m: float(m.num_steps) if m.trained else None, _count),
+    Measure("training\ntime", lambda m: m.train_s, seconds),
+)
+
+
+def paired_differences(
+    runs: Sequence[Run], name: str, measure: Measure, reference: str = REFERENCE
+) -> list[float]:
+    """Differences of a strategy to the reference inside each run that has both."""
+    differences = []
+    for run in runs:
+        if name in run.strategies and reference in run.strategies:
+            ours, theirs = (measure.read(run.strategies[key]) for key in (name, reference))
+            if ours is not None and theirs is not None:
+                differences.append(ours - theirs)
+    return differences
+
+
+def measured(runs: Sequence[Run], name: str, measure: Measure) -> list[float]:
+    """The measure's values in the runs that have the strategy and the value."""
+    found = (measure.read(run.strategies[name]) for run in runs if name in run.strategies)
+    return [value for value in found if value is not None]
+
+
+def strategies_of(runs: Sequence[Run]) -> list[str]:
+    """All strategies of several runs: base first, main ones last."""
+    names = dict.fromkeys(name for run in runs for name in run.ordered)
+    mains = dict.fromkeys(run.main for run in runs if run.main is not None)
+    return [*(name for name in names if name not in mains), *mains]
+
+
+def _with_ci(values: Sequence[float], measure: Measure) -> str:
+    if not values:
+        return MISSING
+    centre, half = mean_ci(values)
+    shown = measure.show(centre)
+    return shown if half is None or not measure.is_score else f"{shown} ± {percent(half)}"
+
+
+def _difference_cell(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    centre, half = mean_ci(values)
+    return f"{100 * centre:+.1f}" + ("" if half is None else f" ± {percent(half)}")
+
+
+def comparison_table(runs: Sequence[Run]) -> SummaryTable:
+    """Like :func:`compare_rows`, for runs that are already read."""
+    names = strategies_of(runs)
+    compared = [measure for measure in MEASURES if measure.is_score and "AUC" not in measure.name]
+    with_difference = any(REFERENCE in run.strategies for run in runs)
+    columns = ["strategy", "runs", *(measure.name for measure in MEASURES)]
+    if with_difference:
+        heads = [measure.name.split("\n")[0] for measure in compared]
+        columns += [f"{head}\nvs {REFERENCE}" for head in heads]
+    rows = []
+    for name in names:
+        count = sum(name in run.strategies for run in runs)
+        row = [name, str(count), *(_with_ci(measured(runs, name, m), m) for m in MEASURES)]
+        if with_difference:
+            row += [
+                MISSING
+                if name == REFERENCE
+                else _difference_cell(paired_differences(runs, name, measure))
+                for measure in compared
+            ]
+        rows.append(row)
+    notes = ["Scores in percent; A_AUC is the mean over all evaluated rounds."]
+    if len(runs) > 1:
+        notes.append("± is the half width of the 95 % confidence interval (Student t) over runs.")
+    if with_difference:
+        notes.append(f"vs {REFERENCE}: difference in percentage points, paired inside each run.")
+    return SummaryTable(columns, rows, notes)
+
+
+def compare_rows(run_dirs: Sequence[Path]) -> SummaryTable:
+    """One row per strategy over several runs, usually the same experiment with other seeds.
+
+    Args:
+        run_dirs: run folders, at least one.
+
+    Returns:
+        Scores with 95 % confidence intervals and, where a run has ``local``, paired differences.
+
+    Raises:
+        DataError: no folder, or one is not a run folder.
+    """
+    if not run_dirs:
+        raise DataError("no run folder to compare", hint="give at least one run folder")
+    return comparison_table([load_run(path) for path in run_dirs])
+
+
+def summary_record(run: Run) -> dict[str, Any]:
+    """The numbers of a run as JSON-ready values; shares in [0, 1], bytes, seconds."""
+    strategies = {}
+    for name in run.ordered:
+        metrics = run.strategies[name]
+        own, others = metrics.client_scores("self"), metrics.client_scores("others")
+        strategies[name] = {
+            "view": metrics.view,
+            "self": metrics.self_mean,
+            "others": metrics.others_mean,
+            "worst_client_self": metrics.worst,
+            "worst_client_others": metrics.worst_others,
+            "a_last": metrics.self_mean,
+            "a_auc": metrics.a_auc,
+            "rounds": len(metrics.rounds),
+            "steps": metrics.num_steps,
+            "uplink_bytes_per_client_and_round": metrics.bytes_per_client_round("uplink"),
+            "downlink_bytes_per_client_and_round": metrics.bytes_per_client_round("downlink"),
+            "train_s": metrics.train_s,
+            "duration_s": metrics.duration_s,
+            "finished": name == BASE or metrics.finished is not None,
+            "clients": {
+                str(client.client_id): {
+                    "self": own.get(client.client_id),
+                    "others": others.get(client.client_id),
+                }
+                for client in run.clients
+            },
+            "views": {
+                view: {
+                    scope: mean(metrics.client_scores(scope, view).values())
+                    for scope in ("self", "others")
+                }
+                for view in metrics.views
+            },
+        }
+    return {
+        "main": run.main,
+        "seed": run.environment.get("seed"),
+        "num_clients": len(run.clients),
+        "num_tasks": len(run.tasks),
+        "strategies": strategies,
+    }
+
+
+def write_summary(run_dir: Path) -> Path:
+    """Writes ``summary.json`` into a run folder.
+
+    Args:
+        run_dir: run folder, finished or not.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        DataError: the folder is not a run folder, or a file in it is damaged.
+    """
+    record = summary_record(load_run(run_dir))
+    path = run_dir / SUMMARY_FILE
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
