@@ -1,1 +1,1 @@
-""""""
+"""Shelf of adapters: put into a model, read, write, choose branches."""

@@ -1,1 +1,1 @@
-""""""
+"""YAML to typed, frozen sections."""

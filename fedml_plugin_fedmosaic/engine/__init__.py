@@ -1,1 +1,1 @@
-""""""
+"""Local training, sketches and evaluation of one model."""

@@ -1,1 +1,1 @@
-""""""
+"""Doors of host frameworks."""
