@@ -296,7 +296,7 @@ class FeatureCache:
         self._shards_read.add(self.folder / f"{name}.json")
 
 
-class CachedTowerConfig(PretrainedConfig):  # type: ignore[misc]
+class CachedTowerConfig(PretrainedConfig):
     """Configuration of :class:`CachedTower`.
 
     Args:
@@ -326,7 +326,7 @@ class CachedTowerConfig(PretrainedConfig):  # type: ignore[misc]
         self.features = features
 
 
-class CachedTower(PreTrainedModel):  # type: ignore[misc]
+class CachedTower(PreTrainedModel):
     """Stands where a vision tower stands and receives features instead of pixels.
 
     ``pixel_values`` are raw features ``(images, tokens, hidden_size)`` of :class:`FeatureCache`;

@@ -1,0 +1,1 @@
+"""The bundled quickstart: a small federation of real images."""
