@@ -83,12 +83,11 @@ def load_experiment(
         name: validate(adapter_for(name), value, document, _path_of(name), keys_of(name))
         for name, value in raw.items()
     }
-    experiment = Experiment(
-        **{name: value for name, value in sections.items() if value is not None}
-    )
+    failed = frozenset(name for name, value in sections.items() if value is None)
+    experiment = Experiment(**{name: sections[name] for name in sections if name not in failed})
     _check_names(document, experiment)
-    _check_relations(document, experiment)
-    experiment = _check_strategy(document, experiment)
+    _check_relations(document, experiment, failed)
+    _check_strategy(document, experiment, raw)
     document.raise_problems()
     return _resolve_paths(document, experiment, file.resolve().parent)
 
@@ -264,7 +263,7 @@ def _check_names(document: Document, experiment: Experiment) -> None:
             document.report(path, f"unknown {kind} {name!r}; known: {known}{hint}")
 
 
-def _check_relations(document: Document, experiment: Experiment) -> None:
+def _check_relations(document: Document, experiment: Experiment, failed: frozenset[str]) -> None:
     train, models = experiment.train, experiment.models
     total, drawn = train.client_num_in_total, train.client_num_per_round
     if total is not None and drawn is not None and drawn > total:
@@ -273,7 +272,7 @@ def _check_relations(document: Document, experiment: Experiment) -> None:
             f"must be <= client_num_in_total ({total}) (got {drawn})",
         )
     proxy = experiment.sketch.proxy
-    if proxy is not None and proxy not in models:
+    if proxy is not None and proxy not in models and "models" not in failed:
         text = f"no model {proxy!r} in model_args.models; defined: {', '.join(models) or 'none'}"
         document.report(_path_of("sketch", "proxy"), text)
     for field, key in (("data", "root"), ("data", "scenario"), ("adapter", "alignment")):
@@ -290,22 +289,24 @@ def _check_relations(document: Document, experiment: Experiment) -> None:
             document.report(_path_of("data", "rounds_per_task"), text)
 
 
-def _check_strategy(document: Document, experiment: Experiment) -> Experiment:
-    path = _path_of("train", "federated_optimizer")
-    if experiment.algo not in STRATEGIES:
-        near = nearest(experiment.algo, STRATEGIES)
+def _check_strategy(document: Document, experiment: Experiment, raw: Mapping[str, Any]) -> None:
+    """Checks the strategy's name and its options (also where the rest of its section is wrong)."""
+    fallback = experiment.train.federated_optimizer
+    written = (as_mapping(raw.get("train")) or {}).get("federated_optimizer", fallback)
+    if not isinstance(written, str):
+        return
+    if written.lower() not in STRATEGIES:
+        near = nearest(written, STRATEGIES)
         hint = f"; did you mean {near!r}?" if near else ""
         document.report(
-            path,
-            f"unknown strategy {experiment.train.federated_optimizer!r}; "
-            f"known: {', '.join(STRATEGIES)}{hint}",
+            _path_of("train", "federated_optimizer"),
+            f"unknown strategy {written!r}; known: {', '.join(STRATEGIES)}{hint}",
         )
-        return experiment
-    options_type = STRATEGIES[experiment.algo].Options
+        return
+    options_type = STRATEGIES[written.lower()].Options
     known = [field.name for field in dataclasses.fields(options_type)]
-    raw = dict(experiment.strategy)
-    validate(TypeAdapter(options_type), raw, document, _path_of("strategy"), known)
-    return experiment
+    options = dict(experiment.strategy)
+    validate(TypeAdapter(options_type), options, document, _path_of("strategy"), known)
 
 
 def _resolve_paths(document: Document, experiment: Experiment, folder: Path) -> Experiment:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from fedml_plugin_fedmosaic.config.fedml_keys import IGNORED
 from fedml_plugin_fedmosaic.config.layout import FIELD_OF_SECTION, homes_of, keys_of
-from fedml_plugin_fedmosaic.config.messages import unknown
+from fedml_plugin_fedmosaic.config.messages import nearest, unknown
 from fedml_plugin_fedmosaic.config.sections import SECTION_OF
 from fedml_plugin_fedmosaic.config.yamlfile import (
     Document,
@@ -32,7 +32,10 @@ def _from_bare_key(key: str) -> KeyPath:
         return tuple(homes[0].split("."))
     if homes:
         raise ConfigError(f"{key!r} exists in several sections; name one of {', '.join(homes)}")
-    raise ConfigError(unknown("key", key, _all_keys()))
+    near = nearest(key, _all_keys())
+    raise ConfigError(
+        f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else f"; {_EXAMPLE}")
+    )
 
 
 def resolve_key(text: str) -> KeyPath:
