@@ -24,9 +24,9 @@ from fedml_plugin_fedmosaic.config.sections import DataConfig
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample, TaskSpec
+from fedml_plugin_fedmosaic.data.prompt import IMAGE_MARK
 from fedml_plugin_fedmosaic.data.scenario import DUMMY, ScenarioClient, read_scenario
 
-IMAGE_MARK = "<image>"
 _MAX_REPORTED = 5
 
 Split = Literal["train", "test"]

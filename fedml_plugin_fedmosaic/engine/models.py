@@ -1,0 +1,357 @@
+"""Loads a base model and finds its parts by structure, not by a list of class names.
+
+Causal language models and LLaVA-like image-text models of Hugging Face are known. Nothing is ever
+downloaded: a hub id must already be in the local cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from fedml_plugin_fedmosaic.adapters.base import InjectedAdapter
+from fedml_plugin_fedmosaic.config.sections import ModelSpec
+from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
+from fedml_plugin_fedmosaic.data.prompt import PromptEncoder
+from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.processor import (
+    ImageSource,
+    PixelSource,
+    Processor,
+    bundled_features,
+)
+
+BUNDLED = "bundled:"
+CACHED_TOWER = "cached_tower"
+
+_SIGNATURE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelBundle:
+    """A frozen base model, its processor and its parts.
+
+    Attributes:
+        model: Hugging Face model with a language-modelling head, in evaluation mode.
+        processor: encodes samples for this model.
+        info: what the rest of the program may know.
+        num_layers: decoder layers.
+        device: where the model is.
+        text_model: decoder without head and without vision tower.
+        decoder_layers: its layers.
+        final_norm: the normalisation before the head.
+        down_proj_name: dotted name of the last linear inside a decoder layer.
+        adapter: what is injected at present; None if the base model is plain.
+    """
+
+    model: Any
+    processor: Processor
+    info: ModelInfo
+    num_layers: int
+    device: torch.device
+    text_model: nn.Module
+    decoder_layers: nn.ModuleList
+    final_norm: nn.Module
+    down_proj_name: str
+    adapter: InjectedAdapter | None = None
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head: same inputs, returns hidden states."""
+        body: nn.Module = self.model.base_model
+        return body
+
+    @property
+    def last_down_proj(self) -> nn.Module:
+        """Down projection of the last layer (the adapter's wrapper while one is injected)."""
+        return self.decoder_layers[-1].get_submodule(self.down_proj_name)
+
+    @property
+    def lm_head(self) -> Tensor:
+        """Output embedding ``(V, d)``, tied to the input embedding or not."""
+        weight = self.model.get_output_embeddings().weight
+        if not isinstance(weight, Tensor):
+            raise IntegrationError(f"model {self.info.name!r}: its output embedding has no weight")
+        return weight
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the final normalisation."""
+        for name in ("variance_epsilon", "eps"):
+            if hasattr(self.final_norm, name):
+                return float(getattr(self.final_norm, name))
+        raise IntegrationError(f"model {self.info.name!r}: its final norm has no epsilon")
+
+
+def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
+    """Loads a base model, frozen, with tokenizer and image processing.
+
+    Args:
+        name: the model's name in the configuration.
+        spec: ``path`` is ``bundled:<name>``, a folder, or a hub id that is in the local cache.
+        device: where to put it.
+
+    Raises:
+        ConfigError: no such model, files are missing or damaged, or the model is of a kind that
+            this package cannot train.
+    """
+    source = _resolve(name, spec.path)
+    with _errors_named(name, spec.path), _no_progress_bars():
+        fields, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
+        vision_type = (fields.get("vision_config") or {}).get("model_type")
+        if vision_type == CACHED_TOWER:
+            # Registers the model type with transformers.
+            from fedml_plugin_fedmosaic.engine import tower as _tower  # noqa: F401
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        has_vision = getattr(config, "vision_config", None) is not None
+        loader: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        model, report = loader.from_pretrained(
+            source,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=getattr(torch, spec.dtype),
+            output_loading_info=True,
+        )
+        tokenizer = _load_tokenizer(source)
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise ConfigError(
+            f"model {name!r} at {spec.path!r}: expected all weights of its configuration, "
+            f"{len(missing)} are missing or of another shape, e.g. {missing[0]}",
+            hint="the checkpoint is incomplete or belongs to another config.json",
+        )
+    model.requires_grad_(False)
+    model.eval().to(device)
+    images = _image_source(source, vision_type, name, spec.path) if has_vision else None
+    return _bundle(name, spec, model, tokenizer, images, device)
+
+
+def _bundle(
+    name: str,
+    spec: ModelSpec,
+    model: Any,
+    tokenizer: Any,
+    images: ImageSource | None,
+    device: torch.device,
+) -> ModelBundle:
+    text_config = model.config.get_text_config()
+    text_model = model.get_decoder()
+    layers = _decoder_layers(text_model, text_config.num_hidden_layers, name)
+    encoder = PromptEncoder(
+        tokenizer,
+        image_token_id=None if images is None else _image_token_id(model.config, name),
+        tokens_per_image=0 if images is None else _tokens_per_image(model, images),
+    )
+    end_ids = {encoder.end_of_turn(), tokenizer.eos_token_id} - {None}
+    dtype = getattr(torch, spec.dtype)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelBundle(
+        model=model,
+        processor=Processor(
+            tokenizer=tokenizer,
+            encoder=encoder,
+            images=images,
+            device=device,
+            dtype=dtype,
+            end_ids=[int(token) for token in end_ids if token is not None],
+        ),
+        info=ModelInfo(
+            name=name,
+            family=str(text_config.model_type),
+            size=spec.size or size_label(num_parameters),
+            signature=signature(text_config),
+            num_layers=len(layers),
+            num_parameters=num_parameters,
+        ),
+        num_layers=len(layers),
+        device=device,
+        text_model=text_model,
+        decoder_layers=layers,
+        final_norm=_final_norm(text_model, text_config.hidden_size, name),
+        down_proj_name=_down_projection(
+            layers[-1], text_config.intermediate_size, text_config.hidden_size, name
+        ),
+    )
+
+
+def signature(text_config: PretrainedConfig) -> str:
+    """Shape class of a text tower: equal signatures have interchangeable adapter tensors."""
+    values = [getattr(text_config, field, None) for field in _SIGNATURE_FIELDS]
+    digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=5).hexdigest()
+    return f"{text_config.model_type}-{digest}"
+
+
+def size_label(num_parameters: int) -> str:
+    """A short label such as ``0.6M`` or ``1.2B``."""
+    if num_parameters >= 100_000_000:
+        return f"{num_parameters / 1e9:.1f}B"
+    if num_parameters >= 100_000:
+        return f"{num_parameters / 1e6:.1f}M"
+    return f"{num_parameters / 1e3:.0f}K"
+
+
+def _resolve(name: str, path: str) -> str:
+    """The folder or hub id that a specification means."""
+    if path.startswith(BUNDLED):
+        root = resources.files("fedml_plugin_fedmosaic") / "assets" / "models"
+        folder = Path(str(root)) / path.removeprefix(BUNDLED)
+        if not (folder / "config.json").is_file():
+            known = sorted(item.parent.name for item in Path(str(root)).glob("*/config.json"))
+            raise ConfigError(
+                f"model {name!r}: there is no bundled model {path.removeprefix(BUNDLED)!r}",
+                hint=f"bundled models: {', '.join(known) or 'none'}",
+            )
+        return str(folder)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model {name!r}: expected a file config.json in folder {path!r}, got none",
+                hint="give the folder that a model was saved to with save_pretrained",
+            )
+        return str(folder)
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ConfigError(
+            f"model {name!r}: expected a model folder at {path!r}, got "
+            + ("a file" if folder.exists() else "nothing"),
+            hint="give an existing folder, bundled:<name>, or a hub id such as owner/model",
+        )
+    return path
+
+
+@contextmanager
+def _errors_named(name: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model {name!r} cannot be loaded from {path!r}: {reason}",
+            hint="nothing is downloaded in a run: give a folder with config.json, *.safetensors "
+            "and the tokenizer's files, or fetch a hub id once with 'hf download ID'",
+        ) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers draws bars while loading weights; the screen belongs to the command line."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _load_tokenizer(source: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    if not tokenizer.chat_template:
+        # Image-text checkpoints keep the template beside the processor.
+        path = cached_file(
+            source,
+            "chat_template.json",
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if path is not None:
+            text = json.loads(Path(path).read_text(encoding="utf-8"))
+            tokenizer.chat_template = text["chat_template"]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _image_source(source: str, vision_type: str | None, name: str, path: str) -> ImageSource:
+    if vision_type == CACHED_TOWER:
+        return bundled_features()
+    with _errors_named(name, path):
+        return PixelSource(AutoImageProcessor.from_pretrained(source, local_files_only=True))
+
+
+def _image_token_id(config: PretrainedConfig, name: str) -> int:
+    for field in ("image_token_id", "image_token_index"):
+        value = getattr(config, field, None)
+        if value is not None:
+            return int(value)
+    raise ConfigError(f"model {name!r}: its config.json names no image_token_id")
+
+
+@torch.no_grad()
+def _tokens_per_image(model: Any, images: ImageSource) -> int:
+    """Runs the vision tower once, because configurations describe the number in many ways."""
+    vision = model.config.vision_config
+    if vision.model_type == CACHED_TOWER:
+        return int(vision.num_tokens)
+    if not isinstance(images, PixelSource):
+        raise IntegrationError("pixels of a vision tower must come from its image processor")
+    pixels = images.blank().to(device=model.device, dtype=model.dtype)
+    features = model.get_image_features(pixel_values=pixels)
+    features = getattr(features, "pooler_output", features)
+    return int(features[0].shape[-2])
+
+
+def _decoder_layers(text_model: nn.Module, num_layers: int, name: str) -> nn.ModuleList:
+    for child in text_model.children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return child
+    raise ConfigError(
+        f"model {name!r}: expected a list of {num_layers} decoder layers in "
+        f"{type(text_model).__name__}, got none",
+        hint="use a decoder-only text tower such as Llama or Qwen2",
+    )
+
+
+def _final_norm(text_model: nn.Module, hidden: int, name: str) -> nn.Module:
+    norms = [
+        child
+        for child in text_model.children()
+        if isinstance(weight := getattr(child, "weight", None), Tensor)
+        and tuple(weight.shape) == (hidden,)
+    ]
+    if not norms:
+        raise ConfigError(f"model {name!r}: no final normalisation of width {hidden} found")
+    return norms[-1]
+
+
+def _down_projection(layer: nn.Module, inner: int, hidden: int, name: str) -> str:
+    found = [
+        module_name
+        for module_name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+        and (module.in_features, module.out_features) == (inner, hidden)
+    ]
+    if not found:
+        raise ConfigError(
+            f"model {name!r}: no linear from {inner} to {hidden} in its last decoder layer",
+            hint="use a decoder with a gated feed-forward part, such as Llama or Qwen2",
+        )
+    return str(found[-1])
