@@ -71,6 +71,8 @@ from fedml_plugin_fedmosaic.strategies.common import (
     weight_matrix,
 )
 
+_SMALLEST = 2.0**-149  # the smallest positive float32
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FedMosaicOptions:
@@ -275,11 +277,14 @@ class FedMosaic:
                 peers = sorted(peers, key=lambda other: (-scores[other], other))
                 peers = sorted(peers[: self.options.top_k])
             if peers:
+                weights = _softmax_row(known, index, peers, self.options.temperature)
+                # Sums are float32: what is 0 there need not travel (low temperatures).
+                kept = [pair for pair in zip(peers, weights, strict=True) if pair[1] >= _SMALLEST]
                 rows.append(
                     MixRow(
                         target=client,
-                        sources=tuple(clients[other] for other in peers),
-                        weights=_softmax_row(known, index, peers, self.options.temperature),
+                        sources=tuple(clients[other] for other, _ in kept),
+                        weights=tuple(weight for _, weight in kept),
                     )
                 )
         return tuple(rows)

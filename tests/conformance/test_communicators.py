@@ -1,0 +1,179 @@
+"""What every communicator on the shelf must do; ``mpi`` runs here as a job of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from toy_federation import random_plan, random_uploads, toy_sketch
+
+from fedml_plugin_fedmosaic.comm.codec import header_bytes
+from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
+from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow, UpdateHeader
+
+NUM_CLIENTS = 7
+
+
+@pytest.fixture(params=sorted(COMMUNICATORS))
+def comm(request: pytest.FixtureRequest) -> Any:
+    return COMMUNICATORS[request.param]()
+
+
+def header(client: int) -> UpdateHeader:
+    return UpdateHeader(client_id=client, round_idx=2, num_examples=3, sketch=toy_sketch(client, 0))
+
+
+def one_row(channel: str, *sources: int, target: int = 0) -> MixingPlan:
+    share = 1 / max(len(sources), 1)
+    row = MixRow(target=target, sources=sources, weights=(share,) * len(sources))
+    return MixingPlan(rows={channel: (row,)})
+
+
+def test_one_process_owns_everyone(comm: Any) -> None:
+    assert (comm.rank, comm.size) == (0, 1)
+    assert comm.owned([4, 0, 2]) == (0, 2, 4)
+    comm.barrier()
+
+
+def test_headers_come_back_in_ascending_order(comm: Any) -> None:
+    headers = comm.exchange_headers([header(5), header(1)])
+    assert [item.client_id for item in headers] == [1, 5]
+    for item in headers:
+        assert (item.round_idx, item.num_examples) == (2, 3)
+        assert torch.equal(item.sketch, toy_sketch(item.client_id, 0))
+    assert comm.exchange_headers([]) == ()
+
+
+def test_two_headers_of_a_client_are_refused(comm: Any) -> None:
+    with pytest.raises(PlanError, match="two headers"):
+        comm.exchange_headers([header(1), header(1)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_downlinks_are_the_weighted_sums(comm: Any, seed: int) -> None:
+    plan, uploads = random_plan(NUM_CLIENTS, seed), random_uploads(NUM_CLIENTS, seed)
+    downlinks = comm.execute(plan, uploads)
+    assert list(downlinks) == list(range(NUM_CLIENTS))
+    assert downlinks[2] == {}
+    seen: set[tuple[int, str]] = set()
+    for channel, rows in plan.rows.items():
+        for row in rows:
+            for key in uploads[row.target]:
+                if not key.startswith(f"{channel}/"):
+                    continue
+                seen.add((row.target, key))
+                terms = [
+                    weight * uploads[source][key].double()
+                    for source, weight in zip(row.sources, row.weights, strict=True)
+                ]
+                exact = torch.stack(terms).sum(0)
+                scale = torch.stack(terms).abs().sum(0)
+                got = downlinks[row.target][key]
+                assert got.dtype == torch.float32
+                assert got.shape == uploads[row.target][key].shape
+                # Accumulating n float32 terms loses at most n half-units of the absolute sum.
+                assert bool(((got.double() - exact).abs() <= 8 * 2**-24 * scale + 1e-30).all())
+    assert seen == {(client, key) for client, got in downlinks.items() for key in got}
+
+
+def test_a_row_does_not_depend_on_the_other_rows(comm: Any) -> None:
+    plan, uploads = random_plan(NUM_CLIENTS), random_uploads(NUM_CLIENTS)
+    whole = comm.execute(plan, uploads)
+    for channel, rows in plan.rows.items():
+        for row in rows:
+            alone = comm.execute(MixingPlan(rows={channel: (row,)}), uploads)[row.target]
+            assert alone
+            assert all(torch.equal(alone[key], whole[row.target][key]) for key in alone)
+
+
+def test_equal_rows_do_not_share_memory(comm: Any) -> None:
+    rows = tuple(MixRow(target=t, sources=(0, 2), weights=(0.5, 0.5)) for t in (0, 2, 4))
+    downlinks = comm.execute(MixingPlan(rows={"conv": rows}), random_uploads(5))
+    key = "conv/0/m/A"
+    expected = downlinks[4][key].clone()
+    assert torch.equal(downlinks[0][key], expected)
+    downlinks[0][key].zero_()
+    downlinks[2][key].zero_()
+    assert torch.equal(downlinks[4][key], expected)
+
+
+def test_uploads_stay_as_they_are(comm: Any) -> None:
+    uploads, before = random_uploads(NUM_CLIENTS), random_uploads(NUM_CLIENTS)
+    for tensors in comm.execute(one_row("pq", 3, target=0), uploads).values():
+        for tensor in tensors.values():
+            tensor.zero_()
+    assert all(
+        torch.equal(uploads[client][key], before[client][key])
+        for client in before
+        for key in before[client]
+    )
+
+
+def test_a_receiver_without_upload_gets_its_row(comm: Any) -> None:
+    uploads = random_uploads(3)
+    downlinks = comm.execute(one_row("pq", 0, 1, target=9), uploads)
+    assert set(downlinks[9]) == {key for key in uploads[0] if key.startswith("pq/")}
+
+
+def test_bytes_are_counted_per_client(comm: Any) -> None:
+    uploads = random_uploads(4)
+    headers = comm.exchange_headers([header(0), header(3)])
+    assert comm.uplink_bytes == {item.client_id: header_bytes(item) for item in headers}
+    rows = {
+        "pq": (MixRow(target=1, sources=(0, 3), weights=(0.5, 0.5)),),
+        "conv": (
+            MixRow(target=1, sources=(3,), weights=(1.0,)),
+            MixRow(target=2, sources=(0,), weights=(1.0,)),
+        ),
+    }
+    comm.execute(MixingPlan(rows=rows), uploads)
+    size = {c: 4 * sum(t.numel() for t in tensors.values()) for c, tensors in uploads.items()}
+    assert comm.uplink_bytes == {
+        client: header_bytes(header(client)) + size[client] for client in (0, 3)
+    }
+    conv = 4 * sum(t.numel() for key, t in uploads[2].items() if key.startswith("conv/"))
+    assert comm.downlink_bytes == {1: size[1], 2: conv}
+    comm.exchange_headers([])
+    assert (comm.uplink_bytes, comm.downlink_bytes) == ({}, {})
+
+
+def test_an_empty_plan_gives_empty_downlinks(comm: Any) -> None:
+    assert comm.execute(MixingPlan(), random_uploads(3)) == {0: {}, 1: {}, 2: {}}
+    assert comm.execute(MixingPlan(), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (one_row("pq", 8), r"clients \[8\] have not uploaded"),
+        (one_row("adapter", 0), r"clients \[0\] have not uploaded"),
+        (one_row("conv", 0, 1), "clients 0 and 1 differ in 3 keys or shapes"),
+        (one_row("conv", 1, target=2), "clients 1 and 2 differ"),
+        (one_row("pq", 1, 0), "ascending"),
+        (one_row("pq", 1, 1), "ascending"),
+        (one_row("pq"), "at least one"),
+        (
+            MixingPlan(rows={"pq": (MixRow(target=0, sources=(0,), weights=(0.5, 0.5)),)}),
+            "1 sources and 2 weights",
+        ),
+        (
+            MixingPlan(rows={"pq": (MixRow(target=0, sources=(0,), weights=(float("nan"),)),)}),
+            "not finite",
+        ),
+        (
+            MixingPlan(rows={"pq": (MixRow(target=0, sources=(0,), weights=(1.0,)),) * 2}),
+            "two rows",
+        ),
+    ],
+)
+def test_impossible_plans_are_refused(comm: Any, plan: MixingPlan, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        comm.execute(plan, random_uploads(4))
+
+
+def test_other_dtypes_are_refused(comm: Any) -> None:
+    uploads = {0: {"pq/0/m/P": torch.zeros(2, 2, dtype=torch.bfloat16)}}
+    with pytest.raises(PlanError, match="bfloat16"):
+        comm.execute(one_row("pq", 0), uploads)

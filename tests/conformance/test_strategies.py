@@ -1,0 +1,274 @@
+"""What every strategy on the shelf must do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from toy_federation import ToyFederation, toy_adapter, toy_manifest, toy_sketch
+
+from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.core.registry import ADAPTERS, STRATEGIES
+from fedml_plugin_fedmosaic.core.types import (
+    Branch,
+    ClientContext,
+    MixingPlan,
+    Part,
+    UpdateHeader,
+    View,
+)
+
+MIXED = ("S", "M", "S", "M", "S", "X")
+
+
+@pytest.fixture(params=sorted(STRATEGIES))
+def strategy(request: pytest.FixtureRequest) -> Any:
+    cls = STRATEGIES[request.param]
+    return cls(cls.Options())
+
+
+def assert_equal_trees(first: Any, second: Any) -> None:
+    assert type(first) is type(second)
+    if isinstance(first, Mapping):
+        assert list(first) == list(second)
+        for key in first:
+            assert_equal_trees(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for left, right in zip(first, second, strict=True):
+            assert_equal_trees(left, right)
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def plain(tree: Any) -> Any:
+    """The tree with tensors as lists; fails on anything that is not plain data."""
+    if isinstance(tree, torch.Tensor):
+        return tree.tolist()
+    if isinstance(tree, Mapping):
+        assert all(type(key) is str for key in tree)
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [plain(value) for value in tree]
+    assert tree is None or type(tree) in (bool, int, float, str)
+    return tree
+
+
+def headers_of(strategy: Any, clients: list[int], round_idx: int = 0) -> list[UpdateHeader]:
+    return [
+        UpdateHeader(
+            client_id=client,
+            round_idx=round_idx,
+            num_examples=5 + client,
+            sketch=toy_sketch(client, round_idx) if strategy.needs_sketch else None,
+        )
+        for client in clients
+    ]
+
+
+def rows_of(plan: MixingPlan) -> dict[tuple[str, int], dict[int, float]]:
+    return {
+        (channel, row.target): dict(zip(row.sources, row.weights, strict=True))
+        for channel, rows in plan.rows.items()
+        for row in rows
+    }
+
+
+def test_declares_what_the_runtime_reads(strategy: Any) -> None:
+    assert STRATEGIES[strategy.name] is type(strategy)
+    assert strategy.adapter in ADAPTERS
+    assert 0 < strategy.relative_steps <= 1
+    assert View(strategy.eval_view) in View
+
+
+def test_unknown_option_is_refused(strategy: Any) -> None:
+    with pytest.raises(ValueError, match="no_such_option"):
+        type(strategy).Options(no_such_option=1)
+
+
+def test_state_is_plain_and_survives_json(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED, per_round=3).play(2)
+    text = json.dumps(plain(toy.state), allow_nan=False)
+    assert json.loads(text) == plain(toy.state)
+
+
+def test_resumed_state_makes_the_same_plan(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED).play(2)
+    read_back = copy.deepcopy(dict(toy.state))
+    headers = headers_of(strategy, [0, 3], round_idx=2)
+    _, first = strategy.plan(toy.state, headers)
+    _, second = strategy.plan(read_back, headers)
+    assert first.rows == second.rows
+
+
+def test_plan_mutates_neither_state_nor_headers(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED).play(1)
+    headers = headers_of(strategy, [1, 2, 5], round_idx=1)
+    before = copy.deepcopy((dict(toy.state), [header.sketch for header in headers]))
+    strategy.plan(toy.state, headers)
+    assert_equal_trees((dict(toy.state), [header.sketch for header in headers]), before)
+
+
+def test_client_half_mutates_nothing(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED).play(1)
+    client, downlink = toy.clients[0], toy.downlinks.get(0, {})
+    before = copy.deepcopy((dict(client.adapter), dict(downlink)))
+    state, _ = strategy.client.prepare(downlink, client, toy.context(toy.manifests[0]))
+    for tensor in state.adapter.values():
+        if not any(tensor is kept for kept in client.adapter.values()):
+            tensor.add_(1.0)
+    assert_equal_trees((dict(client.adapter), dict(downlink)), before)
+
+
+def test_finish_returns_copies(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED).play(1)
+    before = {key: tensor.clone() for key, tensor in toy.clients[0].adapter.items()}
+    for tensor in toy.uploads[0].values():
+        tensor.add_(1.0)
+    assert_equal_trees(dict(toy.clients[0].adapter), before)
+
+
+@pytest.mark.parametrize("per_round", [1, 3, 6])
+def test_plans_are_well_formed(strategy: Any, per_round: int) -> None:
+    toy = ToyFederation(strategy, MIXED, per_round=per_round)
+    for _ in range(4):
+        toy.play()
+        for channel, rows in toy.plan.rows.items():
+            assert rows, "a channel without rows is left out"
+            assert len({row.target for row in rows}) == len(rows)
+            for row in rows:
+                assert list(row.sources) == sorted(set(row.sources))
+                assert all(
+                    channel in {k.split("/")[0] for k in toy.uploads[s]} for s in row.sources
+                )
+                assert math.isclose(sum(row.weights), 1.0, abs_tol=1e-12)
+                assert all(weight > 0 for weight in row.weights)
+                layouts = {toy.manifests[c].layouts[channel] for c in (row.target, *row.sources)}
+                assert len(layouts) == 1
+
+
+def test_plan_follows_a_renaming_of_the_clients(strategy: Any) -> None:
+    """Permutation equivariance: names of clients carry no meaning."""
+    order = [4, 2, 5, 0, 3, 1]  # client i is called order[i] in the renamed federation
+    kind = strategy.adapter
+    manifests = [toy_manifest(i, name, kind) for i, name in enumerate(MIXED)]
+    renamed = [replace(manifest, client_id=order[manifest.client_id]) for manifest in manifests]
+    headers = headers_of(strategy, [0, 1, 2, 3, 5])
+    renamed_headers = [replace(header, client_id=order[header.client_id]) for header in headers]
+    _, plan = strategy.plan(strategy.init(manifests, 0), headers)
+    _, other = strategy.plan(strategy.init(renamed, 0), renamed_headers)
+    moved = {
+        (channel, order[target]): {order[source]: weight for source, weight in weights.items()}
+        for (channel, target), weights in rows_of(plan).items()
+    }
+    got = rows_of(other)
+    assert got.keys() == moved.keys()
+    for where, weights in moved.items():
+        assert got[where].keys() == weights.keys()
+        for source, weight in weights.items():  # similarities are float32 products
+            assert math.isclose(got[where][source], weight, rel_tol=1e-6)
+
+
+def test_order_of_headers_does_not_matter(strategy: Any) -> None:
+    manifests = [toy_manifest(i, name, strategy.adapter) for i, name in enumerate(MIXED)]
+    state = strategy.init(manifests, 0)
+    headers = headers_of(strategy, [0, 1, 4, 5])
+    assert strategy.plan(state, headers)[1].rows == strategy.plan(state, headers[::-1])[1].rows
+
+
+def test_cohorts_are_drawn_without_replacement_and_repeatably(strategy: Any) -> None:
+    state = strategy.init([toy_manifest(i, "S", strategy.adapter) for i in range(9)], seed=5)
+    cohorts = [strategy.select(state, round_idx, 4) for round_idx in range(40)]
+    assert cohorts == [strategy.select(state, round_idx, 4) for round_idx in range(40)]
+    assert all(list(cohort) == sorted(set(cohort)) and len(cohort) == 4 for cohort in cohorts)
+    assert len(set(cohorts)) > 20
+    assert {client for cohort in cohorts for client in cohort} == set(range(9))
+    assert strategy.select(state, 0, 9) == tuple(range(9))
+
+
+def test_cohorts_of_seed_zero_differ_between_rounds(strategy: Any) -> None:
+    state = strategy.init([toy_manifest(i, "S", strategy.adapter) for i in range(9)], seed=0)
+    assert len({strategy.select(state, round_idx, 4) for round_idx in range(10)}) > 5
+
+
+@pytest.mark.parametrize("per_round", [0, 7])
+def test_impossible_cohort_is_refused(strategy: Any, per_round: int) -> None:
+    state = strategy.init([toy_manifest(i, "S", strategy.adapter) for i in range(6)], seed=0)
+    with pytest.raises(PlanError, match=f"cannot draw {per_round} "):
+        strategy.select(state, 0, per_round)
+
+
+def test_single_client(strategy: Any) -> None:
+    toy = ToyFederation(strategy, ("S",)).play(3)
+    assert all(row.sources == (0,) for rows in toy.plan.rows.values() for row in rows)
+
+
+def test_single_client_of_its_signature_keeps_training(strategy: Any) -> None:
+    toy = ToyFederation(strategy, ("S", "S", "X")).play(3)
+    conv = {row.target: row for row in toy.plan.rows.get("conv", ())}
+    assert 2 not in conv or conv[2].sources == (2,)
+    assert all(torch.isfinite(tensor).all() for tensor in toy.clients[2].adapter.values())
+
+
+def test_round_zero_starts_from_the_own_adapter(strategy: Any) -> None:
+    adapter = toy_adapter("M", strategy.adapter)
+    context = ClientContext(
+        manifest=toy_manifest(0, "M", strategy.adapter),
+        round_idx=0,
+        num_rounds=4,
+        num_steps=17,
+        seed=0,
+    )
+    state = strategy.client.init_state(adapter, context)
+    assert state.participations == 0
+    prepared, passes = strategy.client.prepare({}, state, context)
+    assert set(prepared.adapter) == set(adapter)
+    assert sum(pass_.num_steps for pass_ in passes) == 17
+    for key, tensor in prepared.adapter.items():
+        twin = replace(key, branch=Branch.LOCAL) if key.branch is Branch.GLOBAL else key
+        assert torch.equal(tensor, adapter[twin])
+
+
+def test_only_local_tensors_travel(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED).play(1)
+    for client, upload in toy.uploads.items():
+        known = {
+            key.share_key: tensor
+            for key, tensor in toy.clients[client].adapter.items()
+            if key.branch is Branch.LOCAL and key.part is not Part.GATE
+        }
+        assert set(upload) <= set(known)
+        for name, tensor in upload.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, known[name])
+
+
+def test_unknown_downlink_key_is_refused(strategy: Any) -> None:
+    toy = ToyFederation(strategy, ("S", "S")).play(1)
+    downlink = {**toy.downlinks[0], "conv/99/q_proj/A": torch.zeros(3, 5)}
+    with pytest.raises(PlanError, match="client 0"):
+        strategy.client.prepare(downlink, toy.clients[0], toy.context(toy.manifests[0]))
+
+
+def test_unknown_and_repeated_headers_are_refused(strategy: Any) -> None:
+    state = strategy.init([toy_manifest(0, "S", strategy.adapter)], seed=0)
+    with pytest.raises(PlanError, match=r"unknown clients: \[4\]"):
+        strategy.plan(state, headers_of(strategy, [0, 4]))
+    with pytest.raises(PlanError, match="two headers"):
+        strategy.plan(state, headers_of(strategy, [0, 0]))
+
+
+def test_repeated_or_missing_clients_are_refused(strategy: Any) -> None:
+    manifest = toy_manifest(0, "S", strategy.adapter)
+    with pytest.raises(PlanError, match="twice"):
+        strategy.init([manifest, manifest], seed=0)
+    with pytest.raises(PlanError, match="at least one"):
+        strategy.init([], seed=0)

@@ -1,0 +1,207 @@
+"""A federation of a few small tensors: what a strategy sees, without models and without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.comm.codec import Layout
+from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
+from fedml_plugin_fedmosaic.core.rng import torch_generator
+from fedml_plugin_fedmosaic.core.types import (
+    AdapterKey,
+    Branch,
+    ClientContext,
+    ClientManifest,
+    ClientState,
+    LocalResult,
+    MixingPlan,
+    MixRow,
+    Part,
+    Pass,
+    UpdateHeader,
+    channel_of,
+)
+
+RANK = 3
+MODULE = "q_proj"
+# name -> (hidden size, layers, last layer of each of the two blocks)
+ARCHITECTURES: Mapping[str, tuple[int, int, tuple[int, int]]] = {
+    "S": (5, 4, (1, 3)),
+    "M": (6, 6, (2, 5)),
+    "X": (4, 2, (0, 1)),
+}
+
+
+def toy_adapter(architecture: str, kind: str, seed: int = 0) -> dict[AdapterKey, Tensor]:
+    """Random adapter tensors of one architecture; ``kind`` is an adapter's registry name."""
+    hidden, layers, ends = ARCHITECTURES[architecture]
+    generator = torch_generator(seed, "adapter", architecture)
+    both = (Branch.LOCAL, Branch.GLOBAL)
+    state: dict[AdapterKey, Tensor] = {}
+
+    def add(block: int, layer: int, branch: Branch, part: Part, *shape: int) -> None:
+        key = AdapterKey(block, layer, MODULE, branch, part)
+        state[key] = torch.randn(shape, generator=generator)
+
+    for layer in range(layers):
+        block = 0 if layer <= ends[0] else 1
+        is_pq = kind == "pq_lora" and layer in ends
+        branches = {"lora": (Branch.LOCAL,), "pq_lora": (Branch.SHARED,) if is_pq else both}[kind]
+        for branch in branches:
+            add(block, layer, branch, Part.A, RANK, hidden)
+            add(block, layer, branch, Part.B, hidden, RANK)
+        if kind == "pq_lora":
+            add(block, layer, Branch.SHARED, Part.GATE)
+        if is_pq:
+            for branch in both:
+                add(block, layer, branch, Part.P, RANK, RANK)
+                add(block, layer, branch, Part.Q, RANK)
+    return state
+
+
+def toy_manifest(client_id: int, architecture: str, kind: str) -> ClientManifest:
+    adapter = toy_adapter(architecture, kind)
+    shared = {key.share_key: value for key, value in adapter.items() if key.branch is Branch.LOCAL}
+    layouts = {
+        channel: Layout.of({k: v for k, v in shared.items() if channel_of(k) == channel}).digest
+        for channel in sorted({channel_of(key) for key in shared})
+    }
+    return ClientManifest(
+        client_id=client_id,
+        model=architecture,
+        family="toy",
+        signature=architecture,
+        num_layers=ARCHITECTURES[architecture][1],
+        num_blocks=2,
+        num_examples=10 + client_id,
+        tasks=("toy-0",),
+        layouts=layouts,
+    )
+
+
+def toy_sketch(client_id: int, round_idx: int, rows: int = 4, columns: int = 6) -> Tensor:
+    return torch.randn(rows, columns, generator=torch_generator(7, "sketch", client_id, round_idx))
+
+
+@dataclass
+class ToyFederation:
+    """Plays rounds as the runtime does; training adds fixed random steps to what a pass trains.
+
+    Args:
+        strategy: a strategy object.
+        architectures: one name of ``ARCHITECTURES`` per client.
+        per_round: clients drawn per round; all when omitted.
+        seed: root seed.
+    """
+
+    strategy: Any
+    architectures: Sequence[str]
+    per_round: int | None = None
+    seed: int = 3
+    rounds: int = 0
+    downlinks: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    uploads: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    plan: MixingPlan = field(default_factory=MixingPlan)
+    headers: tuple[UpdateHeader, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.manifests = [
+            toy_manifest(client, name, self.strategy.adapter)
+            for client, name in enumerate(self.architectures)
+        ]
+        self.state = self.strategy.init(self.manifests, self.seed)
+        self.clients: dict[int, ClientState] = {
+            manifest.client_id: self.strategy.client.init_state(
+                toy_adapter(manifest.signature, self.strategy.adapter), self.context(manifest)
+            )
+            for manifest in self.manifests
+        }
+        self.comm = LocalCommunicator()
+
+    def context(self, manifest: ClientManifest) -> ClientContext:
+        return ClientContext(
+            manifest=manifest, round_idx=self.rounds, num_rounds=9, num_steps=5, seed=self.seed
+        )
+
+    def play(self, rounds: int = 1) -> ToyFederation:
+        for _ in range(rounds):
+            cohort = self.strategy.select(
+                self.state, self.rounds, self.per_round or len(self.manifests)
+            )
+            self.headers = self.comm.exchange_headers([self.train(client) for client in cohort])
+            self.state, self.plan = self.strategy.plan(self.state, self.headers)
+            self.downlinks.update(self.comm.execute(self.plan, self.uploads))
+            self.rounds += 1
+        return self
+
+    def train(self, client: int) -> UpdateHeader:
+        context = self.context(self.manifests[client])
+        half = self.strategy.client
+        state, passes = half.prepare(self.downlinks.get(client, {}), self.clients[client], context)
+        for pass_ in passes:
+            result = self._fit(pass_, state)
+            state = replace(state, adapter=result.adapter)
+        sketch = toy_sketch(client, self.rounds) if self.strategy.needs_sketch else None
+        header = UpdateHeader(
+            client_id=client, round_idx=self.rounds, num_examples=20 + client, sketch=sketch
+        )
+        update, self.clients[client] = half.finish(result, state, context, header)
+        self.uploads[client] = update.tensors
+        return update.header
+
+    def _fit(self, pass_: Pass, state: ClientState) -> LocalResult:
+        generator = torch_generator(self.seed, "fit", state.client_id, self.rounds, pass_.name)
+        adapter = {
+            key: tensor + torch.randn(tensor.shape, generator=generator)
+            if key.branch in pass_.train
+            else tensor.clone()
+            for key, tensor in sorted(state.adapter.items())
+        }
+        return LocalResult(
+            adapter=adapter,
+            losses=(1.0,) * pass_.num_steps,
+            num_examples=20,
+            num_tokens=40,
+            duration_s=0.1,
+        )
+
+
+def random_uploads(num_clients: int, seed: int = 0) -> dict[int, dict[str, Tensor]]:
+    """Uploads of clients of two kinds (even and odd ids) with a common and an own channel."""
+    uploads: dict[int, dict[str, Tensor]] = {}
+    for client in range(num_clients):
+        generator = torch_generator(seed, "upload", client)
+        width = 11 if client % 2 == 0 else 17
+        shapes = {"pq/0/m/P": (8, 8), "pq/0/m/Q": (8,), "pq/1/m/P": (8, 8)}
+        shapes |= {f"conv/{layer}/m/A": (8, width) for layer in range(3)}
+        uploads[client] = {
+            key: torch.randn(shape, generator=generator) * 10.0 ** (client - 3)
+            for key, shape in shapes.items()
+        }
+    return uploads
+
+
+def random_plan(num_clients: int, seed: int = 0) -> MixingPlan:
+    """Rows with random sources and weights; some clients receive nothing, some share sources."""
+    generator = torch_generator(seed, "plan")
+    rows: dict[str, list[MixRow]] = {"pq": [], "conv": []}
+    for channel, made in rows.items():
+        for target in range(num_clients):
+            peers = [
+                client
+                for client in range(num_clients)
+                if channel == "pq" or client % 2 == target % 2
+            ]
+            keep = torch.rand(len(peers), generator=generator) < 0.6
+            if channel == "conv":  # all receivers of a kind read the same sources
+                keep[:] = True
+            sources = tuple(c for c, kept in zip(peers, keep.tolist(), strict=True) if kept)
+            weights = torch.rand(len(sources), generator=generator, dtype=torch.float64)
+            if sources and target != 2:
+                made.append(MixRow(target=target, sources=sources, weights=tuple(weights.tolist())))
+    return MixingPlan(rows={channel: tuple(made) for channel, made in rows.items()})
