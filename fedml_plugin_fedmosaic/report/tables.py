@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def _task_cells(run: Run, budget: int) -> list[str]:
     return cells
 
 
-def _summary(run: Run, names: Sequence[str]) -> SummaryTable:
+def _summary(run: Run, names: Sequence[str], max_width: int) -> SummaryTable:
     columns = ["client", "model", "tasks", *(f"{name}\nSelf / Others" for name in names)]
     own = {name: run.strategies[name].client_scores("self") for name in names}
     others = {name: run.strategies[name].client_scores("others") for name in names}
@@ -129,7 +130,7 @@ def _summary(run: Run, names: Sequence[str]) -> SummaryTable:
         ],
         [],
     )
-    budget = max(MAX_WIDTH - fixed.width + len("tasks"), len("12 tasks"))
+    budget = max(max_width - fixed.width + len("tasks"), len("12 tasks"))
     rows = [
         [str(client.client_id), model, tasks, *cells]
         for client, model, tasks, cells in zip(
@@ -143,24 +144,25 @@ def _all(run: Run, names: Sequence[str]) -> list[StrategyMetrics]:
     return [run.strategies[name] for name in names]
 
 
-def summary_table(run: Run) -> SummaryTable:
-    """Like :func:`summary_rows`, for a run that is already read."""
+def summary_table(run: Run, max_width: int | None = MAX_WIDTH) -> SummaryTable:
+    """Like :func:`summary_rows`, for a run that is already read; any width if None."""
+    limit = sys.maxsize if max_width is None else max_width
     names = list(run.ordered)
     notes = [
         "Accuracy in percent: Self = the client's own tasks, Others = all other tasks; "
         "mean over tasks."
     ]
-    table = _summary(run, names)
+    table = _summary(run, names, limit)
     left_out: list[str] = []
     # Base, reference and main strategy stay as long as possible.
     optional = [name for name in names if name not in (BASE, REFERENCE, run.main)]
     for name in [*reversed(optional), BASE, REFERENCE]:
-        if table.width <= MAX_WIDTH or len(names) == 1:
+        if table.width <= limit or len(names) == 1:
             break
         if name in names and name != run.main:
             names.remove(name)
             left_out.append(name)
-            table = _summary(run, names)
+            table = _summary(run, names, limit)
     if left_out:
         notes.append(f"Left out for width (they are in report.html): {', '.join(left_out)}.")
     unfinished = [

@@ -16,9 +16,9 @@ from pathlib import Path
 from fedml_plugin_fedmosaic.core import events as ev
 
 GROUPS = {
-    "shape": ("shape-count-0", "shape-color-1", "shape-pair-2"),
-    "digit": ("digit-read-0", "digit-compare-1", "digit-sum-2"),
-    "emoji": ("emoji-name-0", "emoji-odd-1", "emoji-same-2"),
+    "shapes": ("shapes-0", "shapes-1", "shapes-2"),
+    "digits": ("digits-0", "digits-1", "digits-2"),
+    "kinds": ("kinds-0", "kinds-1", "kinds-2"),
 }
 MODELS = (("llama", "0.7M"), ("llama", "1.6M"), ("qwen2", "0.8M"), ("qwen2", "1.9M"))
 CONFIG = """\
@@ -62,7 +62,7 @@ class Maker:
     """Draws the events of one run."""
 
     def __init__(self, seed: int, num_clients: int, rounds: int) -> None:
-        self.rng = random.Random(seed)
+        self.rng = random.Random(seed)  # noqa: S311 - not cryptography
         self.rounds = rounds
         self.clients = make_clients(num_clients)
         self.tasks = [task for names in GROUPS.values() for task in names]
@@ -137,7 +137,7 @@ class Maker:
                 strategy=strategy,
                 round_idx=round_idx,
                 client_id=client_id,
-                pass_name="local",
+                pass_name="local",  # noqa: S106 - a training pass
                 num_steps=steps,
                 num_examples=4 * steps,
                 num_tokens=12 * steps,
