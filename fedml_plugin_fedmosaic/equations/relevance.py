@@ -1,0 +1,178 @@
+"""Relevance between clients, and the mixing weights that follow from it.
+
+Source: FedMosaic (arXiv 2506.11024), relevance-guided aggregation. The relevance of two clients is
+the mean over columns of the cosine of their sketches' columns; a receiver's weights are a softmax
+of its relevance to everybody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import PlanError
+
+_NORM_FLOOR = 1e-12
+_TILE_CLIENTS = 32
+_BLOCK_ELEMENTS = 1 << 20
+"""Entries of all clients' column blocks together: third-level cache."""
+_GROUP_ELEMENTS = 1 << 17
+"""Entries that are squared and summed at a time: second-level cache."""
+
+
+def column_similarity(sketches: Sequence[Tensor], block_columns: int | None = None) -> Tensor:
+    """Mean cosine of corresponding columns, for all pairs of clients.
+
+    The released code gathers one column at a time. With every column scaled to length 1 and the
+    sketch flattened to x_i, the same number is x_i . x_j / columns: one matrix product, done here
+    in column blocks that stay in cache, half of it by symmetry, and summed over blocks in float64.
+
+    Args:
+        sketches: N >= 1 tensors (rows, columns) of one shape; float64 is computed in float64,
+            anything else in float32. Norms are floored at 1e-12, so a zero column counts as
+            cosine 0, even with itself.
+        block_columns: columns per block; about 4 MiB of cache in all when omitted.
+
+    Returns:
+        (N, N) float64 on the CPU, exactly symmetric, in [-1, 1] up to rounding.
+
+    Raises:
+        PlanError: no sketch, different shapes, or a value that is not finite.
+    """
+    columns = _check_sketches(sketches)[1]
+    return _finish(_gram(sketches, block_columns, normalise=True) / columns)
+
+
+def flat_similarity(sketches: Sequence[Tensor], block_columns: int | None = None) -> Tensor:
+    """Cosine of the flattened sketches, for all pairs of clients.
+
+    Unlike :func:`column_similarity`, columns count in proportion to their length.
+
+    Args:
+        sketches: see :func:`column_similarity`; a zero sketch has cosine 0 with all.
+        block_columns: see :func:`column_similarity`.
+
+    Returns:
+        (N, N) float64 on the CPU, exactly symmetric.
+
+    Raises:
+        PlanError: see :func:`column_similarity`.
+    """
+    _check_sketches(sketches)
+    gram = _gram(sketches, block_columns, normalise=False)
+    norms = gram.diagonal().sqrt().clamp_min(_NORM_FLOOR)
+    return _finish(gram / torch.outer(norms, norms))
+
+
+def _check_sketches(sketches: Sequence[Tensor]) -> tuple[int, int]:
+    if not sketches:
+        raise PlanError("relevance needs at least one sketch; got none")
+    shapes = {tuple(sketch.shape) for sketch in sketches}
+    first = sketches[0]
+    if len(shapes) != 1 or first.ndim != 2 or first.numel() == 0:
+        raise PlanError(
+            f"sketches must all have one shape (rows, columns); got {sorted(shapes)}",
+            hint="all clients need the same proxy model and sketch options",
+        )
+    return first.shape[0], first.shape[1]
+
+
+def _gram(sketches: Sequence[Tensor], block_columns: int | None, *, normalise: bool) -> Tensor:
+    """Upper triangle (in tiles) of the inner products of the flattened sketches."""
+    count, (rows, columns) = len(sketches), _check_sketches(sketches)
+    if block_columns is None:
+        block_columns = max(64, _BLOCK_ELEMENTS // (count * rows) // 64 * 64)
+    width = max(1, min(block_columns, columns))
+    wide = any(sketch.dtype == torch.float64 for sketch in sketches)
+    dtype = torch.float64 if wide else torch.float32
+    device = sketches[0].device
+    storage = torch.empty(count * rows * width, dtype=dtype, device=device)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    tiles = [slice(at, min(at + _TILE_CLIENTS, count)) for at in range(0, count, _TILE_CLIENTS)]
+    for start in range(0, columns, width):
+        size = min(width, columns - start)
+        block = storage[: count * rows * size].view(count, rows, size)
+        _fill(block, sketches, start, normalise=normalise)
+        flat = block.view(count, rows * size)
+        for index, upper in enumerate(tiles):
+            for lower in tiles[index:]:
+                gram[upper, lower] += torch.mm(flat[upper], flat[lower].T).cpu()
+    return gram
+
+
+def _fill(block: Tensor, sketches: Sequence[Tensor], start: int, *, normalise: bool) -> None:
+    """Copies columns ``start ..`` of all sketches into (N, rows, size), scaled to length 1."""
+    count, rows, size = block.shape
+    group = max(1, _GROUP_ELEMENTS // (rows * size))
+    scratch = torch.empty_like(block[:group])
+    for first in range(0, count, group):
+        part = block[first : first + group]
+        for values, sketch in zip(part, sketches[first : first + group], strict=True):
+            values.copy_(sketch[:, start : start + size])
+        if normalise:
+            squares = torch.mul(part, part, out=scratch[: len(part)])
+            norms = squares.sum(dim=1, keepdim=True).sqrt_().clamp_min_(_NORM_FLOOR)
+            part.mul_(norms.reciprocal_())
+
+
+def _finish(similarity: Tensor) -> Tensor:
+    """Mirrors the upper triangle and refuses values that are not finite."""
+    similarity = similarity.triu() + similarity.triu(1).T
+    finite = similarity.diagonal().isfinite()
+    if not bool(finite.all()):
+        bad = [int(client) for client in (~finite).nonzero().flatten()]
+        raise PlanError(
+            f"sketches number {bad} hold values that are not finite",
+            hint="look at the loss of these clients; lower their learning rate",
+        )
+    return similarity
+
+
+def relevance_weights(
+    similarity: Tensor, temperature: float, participants: Collection[int] | None = None
+) -> Tensor:
+    """Softmax of each participant's relevance to the other participants.
+
+    The released code masks with -1e9 and leaves partial participation undefined; here everybody
+    who is no peer is left out of the softmax, so that every row with a peer sums to 1.
+
+    Args:
+        similarity: (N, N), floating point; entries of non-participants are ignored (may be NaN).
+        temperature: softmax temperature (tau), positive; towards 0 the nearest peer gets it all.
+        participants: clients that send and receive; all when omitted.
+
+    Returns:
+        (N, N) float64, row i for receiver i. The diagonal, and rows and columns of
+        non-participants, are exactly 0; so is the row of a sole participant.
+
+    Raises:
+        PlanError: not square, a participant that is not there, a temperature that is not
+            positive, or an entry between two participants that is not finite.
+    """
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise PlanError(f"relevance must be a square matrix; got {tuple(similarity.shape)}")
+    if not temperature > 0:
+        raise PlanError(
+            f"relevance temperature is {temperature}; expected a positive number",
+            hint="set strategy.temperature",
+        )
+    count = similarity.shape[0]
+    members = sorted(set(range(count) if participants is None else participants))
+    if members and not (members[0] >= 0 and members[-1] < count):
+        raise PlanError(f"participants {members} are not all among the clients 0..{count - 1}")
+    weights = torch.zeros(count, count, dtype=torch.float64)
+    if len(members) < 2:
+        return weights
+    index = torch.tensor(members)
+    scores = similarity.detach().to("cpu", torch.float64)[index][:, index]
+    own = torch.eye(len(members), dtype=torch.bool)
+    if not bool(scores.masked_fill(own, 0).isfinite().all()):
+        raise PlanError("relevance between participants must be finite; found NaN or infinity")
+    scores = scores.masked_fill(own, -torch.inf)
+    # The difference comes first: it stays small and exact, whatever it is divided by.
+    scaled = (scores - scores.amax(dim=1, keepdim=True)) / temperature
+    exponentials = scaled.masked_fill(own, -torch.inf).exp()
+    weights[index[:, None], index] = exponentials / exponentials.sum(dim=1, keepdim=True)
+    return weights
