@@ -112,8 +112,8 @@ def to_bytes(tensor: Tensor) -> bytes:
     return flat.numpy().tobytes()
 
 
-def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
-    """Headers as magic, length of the JSON part, JSON part, and the sketches' float32 buffers."""
+def _preamble(headers: Sequence[UpdateHeader]) -> bytes:
+    """What stands before the buffers: magic, length of the JSON part, JSON part."""
     records = [
         {
             "client_id": header.client_id,
@@ -124,8 +124,13 @@ def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
         for header in headers
     ]
     text = json.dumps(records, separators=(",", ":")).encode()
+    return b"".join([_MAGIC, _LENGTH.pack(len(text)), text])
+
+
+def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
+    """Headers as magic, length of the JSON part, JSON part, and the sketches' float32 buffers."""
     buffers = [to_bytes(header.sketch) for header in headers if header.sketch is not None]
-    return b"".join([_MAGIC, _LENGTH.pack(len(text)), text, *buffers])
+    return b"".join([_preamble(headers), *buffers])
 
 
 def decode_headers(payload: bytes) -> tuple[UpdateHeader, ...]:
@@ -179,5 +184,6 @@ def from_bytes(payload: bytes) -> Tensor:
 
 
 def header_bytes(header: UpdateHeader) -> int:
-    """Bytes of one client's header on the wire."""
-    return len(encode_headers([header]))
+    """Bytes of one client's header on the wire, without making them."""
+    sketch_values = 0 if header.sketch is None else header.sketch.numel()
+    return len(_preamble([header])) + FLOAT_BYTES * sketch_values

@@ -106,6 +106,7 @@ def test_a_sketch_of_n_values_costs_4n_bytes_more() -> None:
         return UpdateHeader(client_id=0, round_idx=0, num_examples=1, sketch=sketch)
 
     assert header_bytes(header(30)) - header_bytes(header(20)) == 4 * 10 * 10
+    assert header_bytes(header(30)) == len(encode_headers([header(30)]))
 
 
 @pytest.mark.parametrize("damage", ["short", "magic", "cut", "longer", "text"])

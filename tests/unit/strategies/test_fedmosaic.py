@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_federation import ToyFederation, toy_adapter, toy_manifest, toy_sketch
 
 from fedml_plugin_fedmosaic.core.errors import AdapterError, PlanError
@@ -247,3 +249,37 @@ def test_an_adapter_without_global_branch_is_refused() -> None:
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         FedMosaicOptions(**options)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    architectures=st.text("SMX", min_size=1, max_size=6),
+    cohorts=st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=4),
+    temperature=st.floats(1e-3, 10),
+    top_k=st.none() | st.integers(1, 3),
+    max_staleness=st.none() | st.integers(0, 2),
+)
+def test_rows_are_weighted_means_over_other_clients_that_took_part(
+    architectures: str,
+    cohorts: list[set[int]],
+    temperature: float,
+    top_k: int | None,
+    max_staleness: int | None,
+) -> None:
+    strategy = make(temperature=temperature, top_k=top_k, max_staleness=max_staleness)
+    state = start(strategy, architectures)
+    seen: set[int] = set()
+    for round_idx, drawn in enumerate(cohorts):
+        cohort = sorted(client for client in drawn if client < len(architectures))
+        seen.update(cohort)
+        state, plan = strategy.plan(state, headers(*cohort, round_idx=round_idx))
+        for channel, rows in plan.rows.items():
+            for row in rows:
+                assert math.isclose(sum(row.weights), 1.0, abs_tol=1e-9)
+                assert set(row.sources) <= seen - {row.target}
+                assert len(row.sources) <= (top_k or len(architectures))
+                if channel == "conv":
+                    assert {architectures[c] for c in row.sources} == {architectures[row.target]}
+        if top_k is None and max_staleness is None:
+            targets = {row.target for row in plan.rows.get("pq", ())}
+            assert targets == {c for c in range(len(architectures)) if seen - {c}}
