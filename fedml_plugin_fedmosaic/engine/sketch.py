@@ -1,0 +1,173 @@
+"""What a client tells about its data: the sanitised gradient of a frozen proxy model.
+
+Source: FedMosaic (arXiv 2506.11024), relevance-guided aggregation. The gradient depends on the
+samples only, never on the client's own weights. The released code takes it inside the training
+loop, from one sample at an irregular schedule; here it is one forward pass per scheduled update,
+and both the schedule and the choice of samples can be set to the released ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedml_plugin_fedmosaic.config.sections import SketchConfig
+from fedml_plugin_fedmosaic.core.errors import IntegrationError
+from fedml_plugin_fedmosaic.core.rng import torch_generator
+from fedml_plugin_fedmosaic.core.types import View
+from fedml_plugin_fedmosaic.data.base import Sample
+from fedml_plugin_fedmosaic.data.prompt import IGNORE
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.equations.gradient import (
+    column_projection,
+    kept_rows,
+    last_down_proj_gradient,
+    sanitise,
+    sketch_updates,
+)
+
+
+class SketchEngine:
+    """Computes sketches with one proxy model that all clients share.
+
+    The proxy may be a model that clients train at the same time: its adapter is then switched off
+    for the computation (engines choose their view anew whenever they run).
+
+    Args:
+        bundle: proxy model.
+        config: schedule, samples, sanitisation.
+        seed: root seed of the run; rows and column projection follow from it, so that the
+            sketches of all clients can be compared.
+        grad_accumulation: micro-batches per update; matters for the ``official`` schedule only.
+
+    Attributes:
+        shape: rows and columns of a sketch.
+
+    Raises:
+        ConfigError: an option does not fit the proxy model.
+        IntegrationError: the proxy's final normalisation is not an RMSNorm.
+    """
+
+    def __init__(
+        self, bundle: ModelBundle, config: SketchConfig, seed: int, *, grad_accumulation: int = 1
+    ) -> None:
+        self._bundle = bundle
+        self._config = config
+        self._seed = seed
+        self._grad_accumulation = grad_accumulation
+        width, inner = (int(size) for size in _weight(bundle.last_down_proj).shape)
+        self._rows = kept_rows(width, config.row_fraction, config.rows, seed)
+        self._projection = (
+            None if config.columns is None else column_projection(inner, config.columns, seed)
+        )
+        self.shape = (len(self._rows), config.columns or inner)
+        self._check_norm(width)
+
+    def compute(
+        self, batches: Sequence[Sequence[Sample]], *, client_id: int, round_idx: int
+    ) -> Tensor:
+        """The mean of the sanitised gradients of a round.
+
+        Args:
+            batches: samples of each optimizer step of the round.
+            client_id: for the noise.
+            round_idx: for the noise.
+
+        Returns:
+            float32 ``(rows, columns)`` on the CPU; zeros without batches.
+
+        Raises:
+            DataError: a sample cannot be encoded or has no answer.
+        """
+        total = torch.zeros(self.shape)
+        if not batches:
+            return total
+        config = self._config
+        updates = sketch_updates(
+            len(batches), config.frequency, config.schedule, self._grad_accumulation
+        )
+        for update in updates:
+            batch = batches[update - 1]
+            gradient = self.gradient(batch if config.samples == "update" else batch[-1:])
+            total += sanitise(
+                gradient,
+                rows=self._rows,
+                clip_norm=config.clip_norm,
+                noise=config.noise,
+                noise_std=config.noise_std,
+                generator=torch_generator(self._seed, "sketch_noise", client_id, round_idx, update),
+                projection=self._projection,
+            ).to("cpu", torch.float32)
+        return total / len(updates)
+
+    @torch.inference_mode()
+    def gradient(self, samples: Sequence[Sample]) -> Tensor:
+        """Gradient of the samples' mean token loss w.r.t. the last ``down_proj`` weight.
+
+        Returns:
+            float32 ``(hidden size, intermediate size)`` on the model's device.
+        """
+        bundle = self._bundle
+        if bundle.adapter is not None:
+            bundle.adapter.set_view(View.BASE)
+        bundle.model.eval()
+        batch, _, _ = bundle.processor.encode_supervised(samples)
+        labels = batch.pop("labels")[:, 1:]
+        supervised = labels != IGNORE
+        with _inputs_of(bundle.last_down_proj, bundle.final_norm) as seen:
+            bundle.body(**batch, use_cache=False)
+        activations, hidden = (value[:, :-1][supervised] for value in seen)
+        return last_down_proj_gradient(
+            activations,
+            hidden,
+            _weight(bundle.final_norm),
+            bundle.norm_eps,
+            bundle.lm_head,
+            labels[supervised],
+            self._config.jacobian,
+        )
+
+    @torch.inference_mode()
+    def _check_norm(self, width: int) -> None:
+        """The closed form is for ``x * rsqrt(mean(x^2) + eps) * weight``; some families differ."""
+        norm, weight = self._bundle.final_norm, _weight(self._bundle.final_norm)
+        x = torch.linspace(-1.0, 2.0, width, device=weight.device)[None, None].to(weight.dtype)
+        scale = torch.rsqrt(x.float().square().mean() + self._bundle.norm_eps)
+        expected = x.float() * scale * weight.float()
+        if not torch.allclose(norm(x).float(), expected, rtol=2e-2, atol=1e-3):
+            raise IntegrationError(
+                f"model {self._bundle.info.name!r}: its final {type(norm).__name__} is not the "
+                "RMSNorm that the closed-form gradient is made for",
+                hint="set sketch_args.sketch.proxy to a Llama or Qwen2 model",
+            )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Weight of a layer, also while an adapter wraps it."""
+    weight = module.get_parameter("weight") if "weight" in module._parameters else None
+    return _weight(module.get_submodule("base_layer")) if weight is None else weight
+
+
+@contextmanager
+def _inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Records the first input of each module during one forward pass, in the given order."""
+    seen: list[Tensor] = [torch.empty(0)] * len(modules)
+
+    def recorder(slot: int) -> object:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[slot] = args[0].detach()
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(recorder(slot))  # type: ignore[arg-type]
+        for slot, module in enumerate(modules)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
