@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experiment
     from fedml_plugin_fedmosaic.config.sections import Experiment
     from fedml_plugin_fedmosaic.core.errors import FedMosaicError
+    from fedml_plugin_fedmosaic.integrations.fedml.runner import Runner
     from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Experiment": "fedml_plugin_fedmosaic.config.sections",
     "FedMosaicError": "fedml_plugin_fedmosaic.core.errors",
+    "Runner": "fedml_plugin_fedmosaic.integrations.fedml.runner",
     "dump_experiment": "fedml_plugin_fedmosaic.config.loader",
     "load_experiment": "fedml_plugin_fedmosaic.config.loader",
     "prepare_run": "fedml_plugin_fedmosaic.runtime.federation",
@@ -32,6 +34,7 @@ _LAZY = {
 __all__ = [
     "Experiment",
     "FedMosaicError",
+    "Runner",
     "__version__",
     "dump_experiment",
     "load_experiment",
@@ -50,3 +53,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+def _activate_hook() -> None:
+    """Lets FedML know our names where Python started without the plugin's ``.pth`` file."""
+    try:
+        hook = import_module("_fedmosaic_hook")
+    except ImportError:  # a checkout on PYTHONPATH; ``fedmosaic run`` needs no hook
+        return
+    hook.install()
+
+
+_activate_hook()

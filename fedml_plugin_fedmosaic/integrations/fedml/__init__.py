@@ -1,1 +1,1 @@
-""""""
+"""FedML's door: the only place that imports fedml."""

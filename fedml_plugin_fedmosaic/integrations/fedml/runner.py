@@ -1,0 +1,156 @@
+"""Runs an algorithm of this plugin for a FedML main program."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fedml_plugin_fedmosaic.core.errors import FedMosaicError
+from fedml_plugin_fedmosaic.core.events import (
+    Evaluated,
+    Event,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+)
+from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
+from fedml_plugin_fedmosaic.integrations.fedml.args import experiment_from_args
+from fedml_plugin_fedmosaic.integrations.fedml.privacy import make_hooks
+from fedml_plugin_fedmosaic.runtime.federation import RunSummary, prepare_run
+
+LOG = logging.getLogger(__name__)
+
+
+class Runner:
+    """A run of ours in the shape of FedML's runners.
+
+    Works in three ways: FedML's simulators make one when ``federated_optimizer`` is ours; a main
+    program can call ``Runner(args).run()``; or hand it to FedML without any extension of FedML:
+    ``FedMLRunner(args, device, dataset, model, algorithm_flow=Runner(args))``.
+
+    Args:
+        args: FedML's arguments (see :func:`experiment_from_args`).
+        device: not used; the device follows from ``using_gpu`` and ``gpu_id``.
+        dataset: not used; data come from ``data_args.data``.
+        model: not used; models come from ``model_args.models``.
+        client_trainer: not used; a warning says so.
+        server_aggregator: not used; a warning says so.
+
+    Attributes:
+        experiment: the checked configuration.
+        summary: what the run left behind; None before :meth:`run`.
+
+    Raises:
+        FedMosaicError: configuration, data and models do not fit together.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        device: Any = None,
+        dataset: Any = None,
+        model: Any = None,
+        client_trainer: Any = None,
+        server_aggregator: Any = None,
+    ) -> None:
+        del device, dataset, model
+        for name, value in (
+            ("client_trainer", client_trainer),
+            ("server_aggregator", server_aggregator),
+        ):
+            if value is not None:
+                LOG.warning("%s is not used by federated_optimizer %s", name, _name(args))
+        self.experiment = experiment_from_args(args)
+        self.summary: RunSummary | None = None
+        # First, because making an MPI communicator takes all ranks.
+        kind = "mpi" if self.experiment.comm.backend == "MPI" else "local"
+        self._comm = COMMUNICATORS[kind]()
+        with self._guarded():
+            self._prepared = prepare_run(
+                self.experiment,
+                sinks=(_log_event,) if self._comm.rank == 0 else (),
+                hooks=make_hooks(self.experiment),
+            )
+            # All ranks have chosen the same run folder before one of them creates it.
+            self._comm.barrier()
+
+    def run(self) -> None:
+        """Trains, evaluates and writes the run folder.
+
+        Raises:
+            ClientFailure: a client failed; what finished before is in the run folder.
+        """
+        with self._guarded(), _visible_log():
+            self.summary = self._prepared.execute()
+            if self._comm.rank == 0:
+                LOG.info("results are in %s", self.summary.run_dir)
+
+    train = run
+    """What FedML's single-process simulator calls."""
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Ends all ranks when one of them fails: the others would wait for it for ever."""
+        try:
+            yield
+        except Exception as error:
+            if self._comm.size > 1:
+                LOG.exception("rank %d failed", self._comm.rank)
+                self._comm.abort(error.exit_code if isinstance(error, FedMosaicError) else 1)
+            raise
+
+
+def _name(args: Any) -> str:
+    return str(getattr(args, "federated_optimizer", "this algorithm"))
+
+
+def _log_event(event: Event) -> None:
+    """One plain line per round and per final result."""
+    if isinstance(event, RunStarted):
+        LOG.info(
+            "%s: %d clients, %d rounds, run folder %s",
+            event.strategy,
+            event.num_clients,
+            event.num_rounds,
+            event.run_dir,
+        )
+    elif isinstance(event, RoundFinished):
+        LOG.info("%s: round %d took %.1f s", event.strategy, event.round_idx + 1, event.duration_s)
+    elif isinstance(event, Evaluated) and event.final:
+        LOG.info(
+            "%s: client %d, %s (%s, %s): %s %.3f",
+            event.strategy,
+            event.client_id,
+            event.task,
+            event.scope,
+            event.view,
+            event.metric,
+            event.value,
+        )
+    elif isinstance(event, RunFinished):
+        LOG.info("%s: finished in %.1f s", event.strategy, event.duration_s)
+
+
+@contextmanager
+def _visible_log() -> Iterator[None]:
+    """Shows our log lines on standard error where the program has set up no logging itself."""
+    root, ours = logging.getLogger(), logging.getLogger("fedml_plugin_fedmosaic")
+    if root.handlers or ours.handlers:
+        yield
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+
+
+__all__ = ["Runner"]
