@@ -1,1 +1,1 @@
-"""The command line: the only place that prints."""
+"""The ``fedmosaic`` command: the only part that prints, draws and reads the command line."""

@@ -64,9 +64,6 @@ IGNORED: Mapping[str, frozenset[str]] = {
             "wandb_project",
         }
     ),
-    "dp_args": frozenset(
-        {"enable_rdp_accountant", "max_grad_norm", "noise_multiplier", "rdp_alpha", "sigma"}
-    ),
     "attack_args": frozenset(
         {"attack_prob", "attack_type", "byzantine_client_num", "attack_mode", "poisoned_client_num"}
     ),

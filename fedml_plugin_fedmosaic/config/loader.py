@@ -243,7 +243,12 @@ def _unknown_section(section: str) -> str:
     homes = homes_of(section)
     if homes:
         return f"is not a section; there is {' and '.join(homes)}"
-    return unknown("section", section, [*FIELD_OF_SECTION, *IGNORED])
+    # Without the common ending, which would make all names look alike.
+    stems = {name.removesuffix("_args"): name for name in (*FIELD_OF_SECTION, *IGNORED)}
+    near = nearest(section.removesuffix("args").rstrip("_"), stems)
+    if near is not None:
+        return f"unknown section; did you mean {stems[near]!r}?"
+    return f"unknown section; known: {', '.join(stems.values())}"
 
 
 def _check_names(document: Document, experiment: Experiment) -> None:

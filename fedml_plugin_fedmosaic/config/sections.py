@@ -104,7 +104,7 @@ class DataConfig:
     rounds_per_task: PositiveFloat | None = None
     """Rounds per task; ``comm_round / tasks`` when omitted. May be fractional if dynamic."""
     stream: Literal["memory", "stream_only"] = "memory"
-    """Online memory sampling (spec A.4.3) or the samples in order of arrival."""
+    """Online memory sampling or the samples in order of arrival."""
     memory_size: PositiveInt = 100_000
     """Capacity of a client's online memory, in samples."""
     max_train_samples: PositiveInt | None = None
@@ -140,7 +140,7 @@ class AdapterConfig:
     num_blocks: PositiveInt = 4
     """Blocks per model (N_B); the last layer of each block carries PQ-LoRA."""
     gate: Literal["scalar", "input"] = "scalar"
-    """How local and global branch are balanced (spec A.1.3, D1)."""
+    """How local and global branch are balanced."""
     target_modules: tuple[str, ...] = (
         "q_proj",
         "k_proj",
@@ -162,7 +162,7 @@ class OptimConfig:
     learning_rate: PositiveFloat = 2e-5
     """Learning rate of A and B."""
     pq_learning_rate: PositiveFloat = 5e-5
-    """Learning rate of P, Q and the gate (spec D2)."""
+    """Learning rate of P, Q and the gate."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Learning rate of the last round relative to the first; linear over the rounds."""
     num_steps: PositiveInt = 100
@@ -181,20 +181,20 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SketchConfig:
-    """``sketch_args: {sketch: ...}``: the sanitised proxy gradient (spec A.3.1)."""
+    """``sketch_args: {sketch: ...}``: the sanitised proxy gradient."""
 
     proxy: str | None = None
     """Model whose gradients are compared: a name from ``models``; the smallest when omitted."""
     frequency: PositiveInt = 10
     """Optimizer steps between two gradients (m)."""
     schedule: Literal["regular", "official"] = "regular"
-    """``regular``: updates 1, 1+m, ..; ``official``: the reference code's irregular one (D7)."""
+    """``regular``: updates 1, 1+m, ..; ``official``: the reference code's irregular one."""
     samples: Literal["update", "last"] = "update"
-    """Samples per gradient: the whole update's, or one as in the reference code (D8)."""
+    """Samples per gradient: the whole update's, or one as in the reference code."""
     jacobian: Literal["exact", "diagonal"] = "exact"
-    """RMSNorm Jacobian: exact, or the reference code's diagonal form (D6)."""
+    """RMSNorm Jacobian: exact, or the reference code's diagonal form."""
     rows: Literal["random", "first"] = "random"
-    """Which rows of the gradient are kept: random with a shared seed, or the first (D9)."""
+    """Which rows of the gradient are kept: random with a shared seed, or the first."""
     row_fraction: Fraction = 0.4
     """Fraction of rows kept (rho)."""
     clip_norm: PositiveFloat | None = None

@@ -1,0 +1,80 @@
+"""The command group; each command lives in its own file and is imported when it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from fedml_plugin_fedmosaic import __version__
+from fedml_plugin_fedmosaic.cli.errors import Settings, exit_code_of
+
+_ROOT = "fedml_plugin_fedmosaic.cli"
+_COMMANDS = {
+    # name: (module:attribute, one line of help)
+    "run": (f"{_ROOT}.run:command", "Train a federation and print its table."),
+    "compare": (f"{_ROOT}.compare:command", "Run strategies with several seeds and compare."),
+    "export": (f"{_ROOT}.export:command", "Write a client's model as a plain LoRA adapter."),
+    "config": (f"{_ROOT}.config:command", "Check, show and explain configurations."),
+    "data": (f"{_ROOT}.data:command", "Look at the data of an experiment."),
+    "models": (f"{_ROOT}.models:command", "Build the small bundled models."),
+    "doctor": (f"{_ROOT}.doctor:command", "Check the installation and name its parts."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called, and reports errors without traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """The names in the order of the table."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Imports the command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Lists the commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command; our own errors end the process with their exit code."""
+        settings = ctx.ensure_object(Settings)
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            ctx.exit(exit_code_of(error, debug=settings.debug))
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with 'fedmosaic run': bundled data and models, under 5 minutes on 2 CPU cores.",
+)
+@click.version_option(__version__, prog_name="fedmosaic")
+def cli() -> None:
+    """Personalised federated fine-tuning of heterogeneous models with FedMosaic.
+
+    \b
+    Examples:
+      fedmosaic run                                   the bundled quickstart
+      fedmosaic run --cf mine.yaml --set comm_round=2
+      fedmosaic compare --strategies local,fedavg,fedmosaic --seeds 3
+      fedmosaic config show > mine.yaml               a complete file to start from
+    """
+
+
+def main(args: Sequence[str] | None = None, prog_name: str = "fedmosaic") -> NoReturn:
+    """The console script."""
+    cli.main(args=None if args is None else list(args), prog_name=prog_name)
+    sys.exit(0)

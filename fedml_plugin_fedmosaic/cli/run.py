@@ -1,0 +1,227 @@
+"""``fedmosaic run``; also what ``fedml run --algo NAME`` calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fedml_plugin_fedmosaic.cli.errors import exit_code_of
+from fedml_plugin_fedmosaic.cli.options import config_options, debug_option, strategy_options
+
+if TYPE_CHECKING:
+    from fedml_plugin_fedmosaic.config.sections import Experiment
+    from fedml_plugin_fedmosaic.core.events import EventSink
+    from fedml_plugin_fedmosaic.runtime.federation import PreparedRun, RunSummary
+    from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
+
+HooksFactory = Callable[["Experiment"], "RoundHooks | None"]
+
+
+@click.command()
+@config_options
+@strategy_options
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the results; must not exist or be empty. A new one under runs/ by default.",
+)
+@click.option("--dry-run", is_flag=True, help="Load and check everything, print the plan, stop.")
+@debug_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    cf: Path | None,
+    overrides: tuple[str, ...],
+    algo: str | None,
+    backend: str | None,
+    run_dir: Path | None,
+    dry_run: bool,
+) -> None:
+    """Train a federation, evaluate it and print its table.
+
+    Writes a run folder with metrics.jsonl, checkpoints, the resolved config.yaml and report.html.
+
+    \b
+    Examples:
+      fedmosaic run                                    the bundled quickstart
+      fedmosaic run --dry-run                          what it would do
+      fedmosaic run --algo fedavg --set comm_round=2   another strategy, fewer rounds
+      fedmosaic run --cf mine.yaml --run-dir runs/a    your own experiment
+      mpiexec -n 4 fedmosaic run --backend MPI         clients spread over 4 processes
+    """
+    settings = ctx.obj
+    ctx.exit(
+        run_command(
+            algo=algo,
+            cf=cf,
+            backend=backend,
+            overrides=overrides,
+            run_dir=run_dir,
+            dry_run=dry_run,
+            debug=bool(settings and settings.debug),
+        )
+    )
+
+
+def run_command(
+    *,
+    algo: str | None = None,
+    cf: Path | str | None = None,
+    backend: str | None = None,
+    overrides: Sequence[str] = (),
+    run_dir: Path | str | None = None,
+    dry_run: bool = False,
+    debug: bool = False,
+    hooks: HooksFactory | None = None,
+) -> int:
+    """Runs an experiment from its configuration to the printed table.
+
+    Args:
+        algo: overrides the configuration's strategy.
+        cf: configuration file; the bundled quickstart when None.
+        backend: overrides the configuration's backend.
+        overrides: ``section.key=value`` texts.
+        run_dir: folder for the results.
+        dry_run: only load, check and describe.
+        debug: show tracebacks of expected errors.
+        hooks: makes the host framework's hooks from the experiment; FedML's own by default, when
+            the experiment asks for differential privacy.
+
+    Returns:
+        Exit code of the process: 0, 130 after Ctrl-C, or that of the error's class. Errors are
+        printed, not raised. In an MPI job with several ranks an error ends the whole job.
+    """
+    from fedml_plugin_fedmosaic.launch.env import mpi_world
+
+    rank, size = mpi_world()
+    try:
+        experiment = _load(algo, cf, backend, overrides)
+        folder = None if run_dir is None else Path(run_dir)
+        if dry_run:
+            if rank == 0:
+                _describe(_preparation(experiment, folder, hooks)(()))
+            return 0
+        summary = train(experiment, folder, hooks)
+        if rank == 0:
+            _conclude(summary)
+    except (Exception, KeyboardInterrupt) as error:
+        if rank > 0:
+            click.echo(f"[rank {rank}]", err=True)
+        code = exit_code_of(error, debug=debug)
+        if size > 1:
+            # The other ranks may wait for this one; a normal exit would wait for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+    return 0
+
+
+def _load(
+    algo: str | None, cf: Path | str | None, backend: str | None, overrides: Sequence[str]
+) -> Experiment:
+    from fedml_plugin_fedmosaic.config.loader import load_experiment
+
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    path = None if cf is None else Path(cf)
+    return load_experiment(path, overrides, algo=algo, backend=backend)
+
+
+def train(
+    experiment: Experiment,
+    run_dir: Path | None = None,
+    hooks: HooksFactory | None = None,
+) -> RunSummary:
+    """Runs an experiment with progress on the screen (on rank 0).
+
+    Args:
+        experiment: validated configuration.
+        run_dir: folder for the results.
+        hooks: as in :func:`run_command`.
+
+    Raises:
+        FedMosaicError: any of its classes.
+    """
+    from fedml_plugin_fedmosaic.launch.env import mpi_world
+
+    return _execute(_preparation(experiment, run_dir, hooks), quiet=mpi_world()[0] > 0)
+
+
+def _preparation(
+    experiment: Experiment, run_dir: Path | None, hooks: HooksFactory | None
+) -> Callable[[Sequence[EventSink]], PreparedRun]:
+    """Loads data and models once the sinks are known."""
+    if hooks is None and experiment.dp.enable_dp:
+        # By name: the two doors, this one and FedML's, do not import each other.
+        module = import_module("fedml_plugin_fedmosaic.integrations.fedml.hooks")
+        hooks = module.make_hooks
+
+    def prepare(sinks: Sequence[EventSink]) -> PreparedRun:
+        from fedml_plugin_fedmosaic.runtime.federation import prepare_run
+
+        made = hooks(experiment) if hooks is not None else None
+        return prepare_run(experiment, run_dir, sinks, made)
+
+    return prepare
+
+
+def _describe(prepared: PreparedRun) -> None:
+    lines = prepared.describe()
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        click.echo(f"{label:<{width}}  {value}")
+    click.echo("nothing was trained or written (--dry-run)")
+
+
+def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bool) -> RunSummary:
+    from rich.console import Console
+
+    from fedml_plugin_fedmosaic.cli.progress import LiveProgress, RoundLines
+
+    console = Console()
+    if quiet:
+        return prepare(()).execute()
+    with ExitStack() as stack:
+        if console.is_terminal:
+            live = LiveProgress(console)
+            with console.status("loading data and models"):
+                prepared = prepare((live,))
+            stack.enter_context(live)
+        else:
+            prepared = prepare((RoundLines(_print_line),))
+        if prepared.experiment.run.tensorboard:
+            from fedml_plugin_fedmosaic.report.tensorboard import TensorBoardSink
+
+            folder = prepared.run_dir / "tensorboard"
+            prepared.sinks = (*prepared.sinks, stack.enter_context(TensorBoardSink(folder)))
+        return prepared.execute()
+
+
+def _print_line(line: str) -> None:
+    click.echo(line)
+    sys.stdout.flush()
+
+
+def _conclude(summary: RunSummary) -> None:
+    from fedml_plugin_fedmosaic.cli.tables import print_table
+    from fedml_plugin_fedmosaic.report.html import write_report
+    from fedml_plugin_fedmosaic.report.numbers import seconds
+    from fedml_plugin_fedmosaic.report.tables import summary_rows
+
+    print_table(summary_rows(summary.run_dir))
+    report = write_report(summary.run_dir)
+    click.echo(
+        f"training {seconds(summary.train_s)}, in all {seconds(summary.duration_s)}\n"
+        f"report   {report}"
+    )
