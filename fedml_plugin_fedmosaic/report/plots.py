@@ -243,13 +243,27 @@ def heat_map(
         for i, j in marks:
             axes.add_patch(
                 mpl.patches.Rectangle(
-                    (j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2
+                    (j - 0.46, i - 0.46),
+                    0.92,
+                    0.92,
+                    fill=False,
+                    edgecolor="#101010" if diverging else "#D55E00",
+                    linewidth=2,
                 )
             )
-        colour_bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-        colour_bar.set_label(bar)
-        colour_bar.outline.set_visible(False)
+        _colour_bar(figure, image, axes, label=bar)
         return _svg(figure, label)
+
+
+def _colour_bar(
+    figure: Figure, image: mpl.cm.ScalarMappable, axes: Axes | list[Axes], label: str = ""
+) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label=label)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        # Matplotlib would embed a long bar as a bitmap.
+        bar.solids.set_rasterized(False)
+        bar.solids.set_edgecolor("face")
 
 
 def _norm(known: Sequence[float], *, diverging: bool) -> Normalize:
@@ -314,7 +328,7 @@ def small_multiples(
         for axes in grid[count:]:
             axes.set_visible(False)
         if image is not None:
-            figure.colorbar(image, ax=grid, shrink=0.8).outline.set_visible(False)
+            _colour_bar(figure, image, grid)
         return _svg(figure, label)
 
 

@@ -101,9 +101,9 @@ def headlines(run: Run) -> list[Headline]:
         Headline("Others", f"{percent(main.others_mean)} %", against("others_mean")),
         Headline("Worst client, Self", f"{percent(main.worst)} %", against("worst")),
         Headline(
-            "Sent per client and round",
+            "Sent per client",
             readable_bytes(moved[0]),
-            f"{readable_bytes(moved[1])} received",
+            f"a round; {readable_bytes(moved[1])} received",
         ),
         Headline("Training", seconds(main.train_s), f"{main.num_steps:,} steps of all clients"),
     ]
@@ -115,7 +115,6 @@ def summary(run: Run) -> Section:
     return Section(
         "summary",
         "Result",
-        "Self: accuracy on a client's own tasks. Others: on all other clients' tasks.",
         table=summary_table(run, max_width=None),
     )
 

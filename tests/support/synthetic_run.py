@@ -120,7 +120,7 @@ class Maker:
             ]
             powers = [0.0 if i == j else math.exp(row[j] / 0.2) for j in ids]
             relevance.append(tuple(row))
-            weights.append(tuple(p / sum(powers) for p in powers))
+            weights.append(tuple(p / (sum(powers) or 1.0) for p in powers))
         return ev.PlanMade(
             strategy=strategy,
             round_idx=round_idx,
