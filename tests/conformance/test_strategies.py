@@ -128,6 +128,19 @@ def test_client_half_mutates_nothing(strategy: Any) -> None:
     assert_equal_trees((dict(client.adapter), dict(downlink)), before)
 
 
+def test_no_two_tensors_of_a_client_share_memory(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED)
+    for _ in range(2):
+        for client, manifest in enumerate(toy.manifests):
+            state, _ = strategy.client.prepare(
+                toy.downlinks.get(client, {}), toy.clients[client], toy.context(manifest)
+            )
+            for adapter in (toy.clients[client].adapter, state.adapter):
+                starts = [tensor.data_ptr() for tensor in adapter.values()]
+                assert len(set(starts)) == len(adapter)
+        toy.play()
+
+
 def test_finish_returns_copies(strategy: Any) -> None:
     toy = ToyFederation(strategy, MIXED).play(1)
     before = {key: tensor.clone() for key, tensor in toy.clients[0].adapter.items()}
