@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experiment
     from fedml_plugin_fedmosaic.config.sections import Experiment
     from fedml_plugin_fedmosaic.core.errors import FedMosaicError
-    from fedml_plugin_fedmosaic.integrations.fedml.runner import Runner
     from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 
 __version__ = "0.1.0"
