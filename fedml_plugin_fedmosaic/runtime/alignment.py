@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -184,6 +185,22 @@ def save_alignment(folder: Path, factors: Alignment) -> Path:
     path = folder / FILE_NAME
     save_file(factors, path)
     return path
+
+
+def alignment_file(source: str, model: str, model_path: str) -> Path:
+    """Where a model's alignment file is.
+
+    Args:
+        source: ``bundled`` (beside the model's own files) or a folder with one file per model.
+        model: the model's name in the configuration.
+        model_path: the model's ``path`` in the configuration.
+    """
+    if source != "bundled":
+        return Path(source) / f"{model}.safetensors"
+    name = model_path.removeprefix("bundled:")
+    if name != model_path:
+        return Path(str(files("fedml_plugin_fedmosaic"))) / "assets" / "models" / name / FILE_NAME
+    return Path(model_path) / FILE_NAME
 
 
 def load_alignment(path: Path) -> Alignment:

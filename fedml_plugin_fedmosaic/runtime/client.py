@@ -23,6 +23,7 @@ from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.equations.gradient import smooth
+from fedml_plugin_fedmosaic.runtime.alignment import Alignment, alignment_file, load_alignment
 from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
 from fedml_plugin_fedmosaic.strategies.base import Strategy
 
@@ -57,8 +58,15 @@ class EnginePool:
                 exp.optim,
                 exp.evaluation,
                 derive_seed(exp.common.random_seed, "adapter"),
+                alignment=self._alignment(model),
             )
         return self._engines[model]
+
+    def _alignment(self, model: str) -> Alignment | None:
+        source = self._experiment.adapter.alignment
+        if source is None or self.adapter == "lora":
+            return None
+        return load_alignment(alignment_file(source, model, self._experiment.models[model].path))
 
     def close(self) -> None:
         """Takes the adapters out of the base models."""

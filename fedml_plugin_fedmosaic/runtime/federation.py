@@ -167,6 +167,8 @@ class PreparedRun:
         started = time.perf_counter()
         comm = COMMUNICATORS["mpi" if self.experiment.comm.backend == "MPI" else "local"]()
         metrics_name = "metrics.jsonl" if comm.rank == 0 else f"metrics.rank{comm.rank}.jsonl"
+        # Every rank has chosen the same free folder before rank 0 takes it.
+        comm.barrier()
         if comm.rank == 0:
             self._write_header()
         comm.barrier()

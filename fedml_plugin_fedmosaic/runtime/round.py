@@ -123,7 +123,12 @@ class StrategyRun:
             [client.manifest for client in clients.values()], self.seed
         )
         sketcher = (
-            SketchEngine(self.proxy, self.experiment.sketch, self.seed)
+            SketchEngine(
+                self.proxy,
+                self.experiment.sketch,
+                self.seed,
+                grad_accumulation=self.experiment.optim.grad_accumulation,
+            )
             if self.strategy.needs_sketch
             else None
         )
