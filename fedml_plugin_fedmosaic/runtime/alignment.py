@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedml_plugin_fedmosaic.core.errors import AdapterError
 from fedml_plugin_fedmosaic.data.base import Sample
@@ -40,7 +41,7 @@ class _Observer:
     def __init__(self, bundle: ModelBundle, modules: Sequence[str], num_blocks: int) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         ends = block_end_layers(bundle.num_layers, num_blocks)
         for block, layer in enumerate(ends):
             found = dict(bundle.decoder_layers[layer].named_modules())
