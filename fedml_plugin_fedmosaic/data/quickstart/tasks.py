@@ -22,19 +22,7 @@ from fedml_plugin_fedmosaic.data.quickstart.images import (
 )
 
 DIGITS = tuple(str(i) for i in range(10))
-KINDS = (
-    "animal",
-    "building",
-    "clothing",
-    "computer",
-    "food",
-    "music",
-    "plant",
-    "sport",
-    "vehicle",
-    "weather",
-)
-SHAPES = ("circle", "rectangle", "triangle")
+KINDS = ("animal", "building", "clothing", "food", "plant", "vehicle", "weather")
 FLAG_COLOURS = ("blue", "green", "red", "yellow")
 LETTERS = ("Image A", "Image B", "Image C", "Image D")
 SAME = ("Yes", "No")
@@ -209,10 +197,6 @@ def _same(text: str) -> Maker:
 
 def _colour(ref: ImageRef) -> str:
     return ref.label.split()[0]
-
-
-def _shape(ref: ImageRef) -> str:
-    return ref.label.split()[1]
 
 
 TASKS: tuple[QuickTask, ...] = (

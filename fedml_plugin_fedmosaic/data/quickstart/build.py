@@ -1,0 +1,154 @@
+"""Writes the quickstart as a folder in the published DRAKE layout.
+
+The folder is a pure function of the package: its name holds the version, it is written under a
+temporary name and renamed, and a second process that comes too late discards its own copy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fedml_plugin_fedmosaic.config.paths import cache_dir
+from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.data.quickstart.images import Audience, read_png
+from fedml_plugin_fedmosaic.data.quickstart.tasks import TASKS, UNSEEN, Question, QuickTask
+
+LOG = logging.getLogger(__name__)
+
+VERSION = "1"
+"""Version of the content; any change of rows or images changes it."""
+
+TRAIN_ROWS = 60
+"""Training rows of one client in one task."""
+
+TEST_ROWS = 150
+"""Test rows of one task."""
+
+SCENARIO = "quickstart"
+_SEED = 0
+
+
+def scenario_json(name: str = SCENARIO) -> list[dict[str, Any]]:
+    """A bundled scenario.
+
+    Raises:
+        DataError: no scenario of that name is bundled.
+    """
+    folder = resources.files("fedml_plugin_fedmosaic") / "assets" / "scenarios"
+    resource = folder / f"{name}.json"
+    if not resource.is_file():
+        known = sorted(item.name.removesuffix(".json") for item in folder.iterdir())
+        raise DataError(
+            f"the quickstart has no scenario {name!r}", hint=f"known scenarios: {', '.join(known)}"
+        )
+    scenario: list[dict[str, Any]] = json.loads(resource.read_text(encoding="utf-8"))
+    return scenario
+
+
+def holders(scenario: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Task name -> clients that have it, ascending."""
+    result: dict[str, list[int]] = {}
+    for client in scenario:
+        for entry in client["datasets"]:
+            name = f"{entry['dataset']}-{entry['subset_id']}"
+            result.setdefault(name, []).append(int(client["client_id"]))
+    return {name: sorted(ids) for name, ids in result.items()}
+
+
+def to_record(task: QuickTask, audience: Audience, index: int, row: Question) -> dict[str, Any]:
+    """A row in the published sample format; image paths are relative to the folder."""
+    return {
+        "id": f"{task.name}-{audience}-{index}",
+        "image": [f"dataset/{task.dataset}/images/{ref.filename}" for ref in row.images],
+        "conversations": [
+            {"from": "human", "value": row.prompt},
+            {"from": "gpt", "value": row.answer},
+        ],
+    }
+
+
+def write_task(root: Path, task: QuickTask, audience: Audience, rows: Iterable[Question]) -> None:
+    """Writes one split of a task and its images below ``root``.
+
+    The pretraining audience is written as split ``train``: it lives in a folder of its own.
+    """
+    split = "test" if audience == "test" else "train"
+    images = root / "dataset" / task.dataset / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, row in enumerate(rows):
+        for ref in row.images:
+            target = images / ref.filename
+            if not target.exists():
+                target.write_bytes(read_png(ref))
+        records.append(to_record(task, audience, index, row))
+    target = root / "dataset" / task.dataset / split / f"dataset-{task.subset_id}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def _write_all(root: Path) -> None:
+    clients = holders(scenario_json())
+    for task in (*TASKS, *UNSEEN):
+        # Every client of a task gets rows of its own; an unseen task has rows for one newcomer.
+        count = TRAIN_ROWS * len(clients.get(task.name, [0]))
+        write_task(root, task, "train", task.questions("train", count, _SEED))
+        write_task(root, task, "test", task.questions("test", TEST_ROWS, _SEED))
+    target = root / "scenarios" / f"{SCENARIO}.json"
+    target.parent.mkdir()
+    target.write_text(json.dumps(scenario_json(), indent=1), encoding="utf-8")
+    listing = [
+        {
+            "dataset": task.dataset,
+            "subset_id": task.subset_id,
+            "type": "multi-choice",
+            "Desc": task.description,
+            "unseen": task in UNSEEN,
+        }
+        for task in (*TASKS, *UNSEEN)
+    ]
+    (root / "tasks.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
+
+
+def ensure_built(cache: Path | None = None) -> Path:
+    """The quickstart's folder, built on first use (a few seconds).
+
+    Args:
+        cache: folder to build in; the user cache when omitted.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    parent = cache or cache_dir()
+    folder = parent / f"quickstart-v{VERSION}"
+    if folder.is_dir():
+        return folder
+    LOG.info("building the quickstart data in %s (once, a few seconds)", folder)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".quickstart-"))
+    except OSError as error:
+        raise DataError(
+            f"the quickstart data cannot be written to {parent}: {error.strerror}",
+            hint="set the environment variable FEDMOSAIC_CACHE to a writable folder",
+        ) from error
+    try:
+        _write_all(temporary)
+        temporary.rename(folder)
+    except OSError as error:
+        # Another process was faster: its folder has the same content.
+        if not folder.is_dir():
+            raise DataError(
+                f"the quickstart data cannot be written to {parent}: {error.strerror}",
+                hint="free some space or set FEDMOSAIC_CACHE to another folder",
+            ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
