@@ -92,15 +92,9 @@ def _check_gradient_inputs(
             hint="a sample without an answer has no supervised token; leave it out",
         )
     n, d = hidden.shape
-    fits = (
-        activations.ndim == 2
-        and activations.shape[0] == n
-        and tuple(norm_weight.shape) == (d,)
-        and lm_head.ndim == 2
-        and lm_head.shape[1] == d
-        and tuple(labels.shape) == (n,)
-    )
-    if not fits:
+    rows_fit = activations.ndim == 2 and len(activations) == n and labels.shape == (n,)
+    width_fits = norm_weight.shape == (d,) and lm_head.ndim == 2 and lm_head.shape[1] == d
+    if not (rows_fit and width_fits):
         raise DataError(
             f"proxy gradient of {n} tokens of width {d}: expected activations ({n}, inter), "
             f"norm_weight ({d},), lm_head (V, {d}), labels ({n},); got "
@@ -209,7 +203,7 @@ def add_noise(
         Same shape, dtype and device; the input itself if there is no noise.
 
     Raises:
-        ConfigError: unknown kind, negative level, or no generator.
+        ConfigError: unknown kind, negative level, or no generator for the noise.
     """
     if kind not in ("gaussian", "laplace", "none"):
         raise ConfigError(f"sketch.noise is {kind!r}; expected 'gaussian', 'laplace' or 'none'")
@@ -247,8 +241,8 @@ class ColumnProjection:
 def column_projection(columns_in: int, columns_out: int, seed: int) -> ColumnProjection:
     """The projection that all clients of a run share.
 
-    Squared norms and inner products of rows are kept in expectation. Sketches are compared column
-    by column, so many input columns per output bring the relevance nearer to the flattened cosine.
+    Inner products are kept in expectation. Sketches are compared column by column, so many inputs
+    per output bring the relevance nearer to the flattened cosine.
 
     Args:
         columns_in: columns of the gradient.
@@ -347,9 +341,8 @@ def sketch_updates(
     Args:
         num_updates: optimizer updates of the round (U), at least 1.
         frequency: updates between two gradients (m), at least 1.
-        schedule: ``regular``: 1, 1 + m, 1 + 2m, ...; ``official``: what the released code does,
-            which is not every m-th update when gradients are accumulated. It takes update u iff
-            (u - 1) a is one of floor(k U / c), k = 0 .. c a - 1, with c = floor(U / m), and fails
+        schedule: ``regular``: 1, 1 + m, 1 + 2m, ...; ``official``, the released code: update u iff
+            (u - 1) a is one of floor(k U / c), k = 0 .. c a - 1, with c = floor(U / m). It fails
             if c = 0, where update 1 is taken here.
         grad_accumulation: micro-batches per update (a); matters for ``official`` only.
 
