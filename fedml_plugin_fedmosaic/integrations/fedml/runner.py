@@ -19,6 +19,7 @@ from fedml_plugin_fedmosaic.core.events import (
 from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
 from fedml_plugin_fedmosaic.integrations.fedml.args import experiment_from_args
 from fedml_plugin_fedmosaic.integrations.fedml.privacy import make_hooks
+from fedml_plugin_fedmosaic.report.html import write_report
 from fedml_plugin_fedmosaic.runtime.federation import RunSummary, prepare_run
 
 LOG = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Runner:
             self._comm.barrier()
 
     def run(self) -> None:
-        """Trains, evaluates and writes the run folder.
+        """Trains, evaluates and writes the run folder with its report.
 
         Raises:
             ClientFailure: a client failed; what finished before is in the run folder.
@@ -86,7 +87,7 @@ class Runner:
         with self._guarded(), _visible_log():
             self.summary = self._prepared.execute()
             if self._comm.rank == 0:
-                LOG.info("results are in %s", self.summary.run_dir)
+                LOG.info("report: %s", write_report(self.summary.run_dir))
 
     train = run
     """What FedML's single-process simulator calls."""
@@ -108,7 +109,7 @@ def _name(args: Any) -> str:
 
 
 def _log_event(event: Event) -> None:
-    """One plain line per round and per final result."""
+    """One plain line per round, and per client and own task at the end; the report has the rest."""
     if isinstance(event, RunStarted):
         LOG.info(
             "%s: %d clients, %d rounds, run folder %s",
@@ -119,13 +120,12 @@ def _log_event(event: Event) -> None:
         )
     elif isinstance(event, RoundFinished):
         LOG.info("%s: round %d took %.1f s", event.strategy, event.round_idx + 1, event.duration_s)
-    elif isinstance(event, Evaluated) and event.final:
+    elif isinstance(event, Evaluated) and event.final and event.scope == "self":
         LOG.info(
-            "%s: client %d, %s (%s, %s): %s %.3f",
+            "%s: client %d, own task %s, view %s: %s %.3f",
             event.strategy,
             event.client_id,
             event.task,
-            event.scope,
             event.view,
             event.metric,
             event.value,
