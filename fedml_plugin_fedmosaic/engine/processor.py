@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.base import Sample
-from fedml_plugin_fedmosaic.data.prompt import IMAGE_MARK, Encoded, PromptEncoder, collate
+from fedml_plugin_fedmosaic.data.prompt import IGNORE, IMAGE_MARK, Encoded, PromptEncoder, collate
 
 _MAX_ENCODED = 100_000
 _MAX_PIXEL_BYTES = 1 << 30
@@ -212,9 +212,21 @@ class Processor:
         Raises:
             DataError: a sample cannot be encoded; it is named.
         """
+        return self.encode_supervised(samples)[0]
+
+    def encode_supervised(self, samples: Sequence[Sample]) -> tuple[Batch, Tensor, int]:
+        """As :meth:`encode_train`, and where its labels are.
+
+        Returns:
+            The batch; the positions whose *next* token is supervised in some row, ascending int64
+            ``(k,)``, found before the batch leaves the CPU; and the number of supervised tokens.
+        """
         rows = [self._encoded(sample, self._conversations, whole=True) for sample in samples]
         paths = [path for sample in samples for path in sample.images]
-        return self._batch(samples, paths, collate(rows, self.pad_id, side="right"))
+        batch = collate(rows, self.pad_id, side="right")
+        positions = (batch["labels"] != IGNORE).any(0).nonzero()[:, 0] - 1
+        num_tokens = sum(row.num_supervised for row in rows)
+        return self._batch(samples, paths, batch), positions.to(self._device), num_tokens
 
     def encode_prompt(self, samples: Sequence[Sample]) -> Batch:
         """First user turns up to where the answer begins, padded on the left.
@@ -244,6 +256,10 @@ class Processor:
     def prompt_length(self, sample: Sample) -> int:
         """Tokens of a sample's prompt."""
         return int(self._encoded(sample, self._prompts, whole=False).ids.shape[0])
+
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a plain text without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids without special tokens."""

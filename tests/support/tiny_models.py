@@ -82,6 +82,7 @@ def text_config(family: str, vocab_size: int, *, hidden: int = 32, layers: int =
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
+        "initializer_range": 0.2,  # so that a frozen head can become certain
     }
     return LlamaConfig(**shape) if family == "llama" else Qwen2Config(**shape)
 

@@ -1,0 +1,125 @@
+"""One task's score: find the answers, then judge them by the task's metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedml_plugin_fedmosaic.config.sections import EvalConfig
+from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
+from fedml_plugin_fedmosaic.data.metrics import (
+    accuracy,
+    choice_is_correct,
+    parse_choices,
+    rouge_l,
+    token_f1,
+)
+from fedml_plugin_fedmosaic.engine.base import Score
+from fedml_plugin_fedmosaic.engine.evaluate import generate_answers, rank_choices
+from fedml_plugin_fedmosaic.engine.processor import Processor
+
+
+def score_task(
+    model: Any,
+    processor: Processor,
+    samples: Sequence[Sample],
+    task: TaskSpec,
+    config: EvalConfig,
+    *,
+    share_prompt: bool,
+) -> Score:
+    """Scores a model on a task.
+
+    Multi-choice tasks are judged by accuracy, from generated answers or from the likelihood of the
+    choices in the prompt; a prompt without choices counts as wrong in both. Open-ended tasks are
+    always generated and judged by the task's ``metric``: ``F1`` of token sets, or ``RougeL``
+    (default).
+
+    Args:
+        model: in evaluation mode.
+        processor: of the same model.
+        samples: test samples.
+        task: kind and metric.
+        config: mode, batch size, length limit.
+        share_prompt: see ``rank_choices``.
+
+    Returns:
+        The score; NaN without samples.
+
+    Raises:
+        ConfigError: unknown metric.
+    """
+    metric = _metric(task)
+    if not samples:
+        return Score(task=task.name, value=math.nan, num_samples=0, metric=metric)
+    if metric == "accuracy" and config.mode == "likelihood":
+        value = _ranked_accuracy(model, processor, samples, config, share_prompt)
+    else:
+        answers = generate_answers(
+            model,
+            processor,
+            samples,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+        )
+        value = _judge(answers, samples, metric, processor)
+    return Score(task=task.name, value=value, num_samples=len(samples), metric=metric)
+
+
+def _metric(task: TaskSpec) -> str:
+    if task.kind == "multi-choice":
+        return "accuracy"
+    metric = task.metric or "RougeL"
+    if metric not in ("F1", "RougeL"):
+        raise ConfigError(
+            f"task {task.name!r}: unknown metric {metric!r}; expected F1 or RougeL",
+            hint="correct the scenario file",
+        )
+    return metric
+
+
+def _ranked_accuracy(
+    model: Any,
+    processor: Processor,
+    samples: Sequence[Sample],
+    config: EvalConfig,
+    share_prompt: bool,
+) -> float:
+    # The gold answer only decides whether quotes belong to the choices.
+    offered = {
+        index: choices
+        for index, sample in enumerate(samples)
+        if (choices := parse_choices(sample.prompt, sample.answer))
+    }
+    best = rank_choices(
+        model,
+        processor,
+        [samples[index] for index in offered],
+        list(offered.values()),
+        batch_size=config.batch_size,
+        share_prompt=share_prompt,
+    )
+    correct = [False] * len(samples)
+    for (index, choices), choice in zip(offered.items(), best, strict=True):
+        gold = samples[index].answer.strip().lower()
+        correct[index] = choices[choice].strip().lower() == gold
+    return accuracy(correct)
+
+
+def _judge(
+    answers: Sequence[str], samples: Sequence[Sample], metric: str, processor: Processor
+) -> float:
+    golds = [sample.answer for sample in samples]
+    if metric == "accuracy":
+        return accuracy(
+            choice_is_correct(sample.prompt, answer, sample.answer)
+            for sample, answer in zip(samples, answers, strict=True)
+        )
+    if metric == "F1":
+        return token_f1(
+            [processor.token_ids(answer) for answer in answers],
+            [processor.token_ids(gold) for gold in golds],
+        )
+    return rouge_l(answers, golds)

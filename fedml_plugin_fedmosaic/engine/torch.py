@@ -1,0 +1,328 @@
+"""Local training and evaluation in one process with PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.adapters.base import InjectedAdapter
+from fedml_plugin_fedmosaic.config.sections import AdapterConfig, EvalConfig, OptimConfig
+from fedml_plugin_fedmosaic.core.errors import AdapterError
+from fedml_plugin_fedmosaic.core.registry import ADAPTERS
+from fedml_plugin_fedmosaic.core.rng import derive_seed
+from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
+    AdapterState,
+    Branch,
+    LocalResult,
+    Pass,
+    View,
+    channel_of,
+)
+from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
+from fedml_plugin_fedmosaic.engine.base import Score
+from fedml_plugin_fedmosaic.engine.losses import LOSSES
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.scoring import score_task
+
+StepCallback = Callable[[int, int], None]
+"""Called after every optimizer step with (steps done, steps in all)."""
+
+_WARM_UP = 0.1
+
+
+class NonFiniteLossError(RuntimeError):
+    """A training loss became infinite or not a number."""
+
+
+class TorchEngine:
+    """Trains and evaluates one base model with one adapter structure.
+
+    The adapter is put into the bundle's model and stays there until :meth:`close`; a bundle has
+    room for one engine at a time.
+
+    Args:
+        bundle: frozen base model; must be plain.
+        adapter_config: where adapters sit and how large they are.
+        adapter_name: adapter shelf member.
+        optim: local training.
+        evaluation: how answers are found.
+        seed: of the adapters' initial values.
+        alignment: aligned A and B by ``<block>/<module>/A|B``; see the adapter shelf.
+
+    Attributes:
+        info: the base model.
+        adapter: handle on the injected adapter.
+
+    Raises:
+        AdapterError: the bundle is in use, or the adapter does not fit the model.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        adapter_config: AdapterConfig,
+        adapter_name: str,
+        optim: OptimConfig,
+        evaluation: EvalConfig,
+        seed: int,
+        alignment: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if bundle.adapter is not None:
+            raise AdapterError(
+                f"model {bundle.info.name!r} already carries an adapter",
+                hint="close() the other engine first; adapters take turns on a base model",
+            )
+        self.info = bundle.info
+        inject = ADAPTERS[adapter_name]
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks newer transformers for gradient checkpointing by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            self.adapter: InjectedAdapter = inject(
+                bundle.model, adapter_config, bundle.num_layers, seed=seed, alignment=alignment
+            )
+        bundle.adapter = self.adapter
+        self._bundle = bundle
+        self._optim = optim
+        self._evaluation = evaluation
+        self._has_input_gate = adapter_config.gate == "input"
+        self._initial = self.adapter.collect()
+        self._loaded: AdapterState | None = None
+        self._closed = False
+
+    def initial_adapter(self) -> AdapterState:
+        """Freshly initialised adapter tensors (copies); the same for every client."""
+        return {key: tensor.clone() for key, tensor in self._initial.items()}
+
+    def layouts(self) -> Mapping[str, str]:
+        """Channel -> digest of share keys and shapes of the local branch.
+
+        The digest of layer-wise (``conv``) tensors also covers the signature: they only mean
+        something inside one shape class.
+        """
+        shapes: dict[str, list[tuple[str, list[int]]]] = {}
+        for key, tensor in sorted(self._initial.items()):
+            if key.branch is Branch.LOCAL:
+                entry = (key.share_key, list(tensor.shape))
+                shapes.setdefault(channel_of(key.share_key), []).append(entry)
+        digests = {}
+        for channel, entries in shapes.items():
+            scope = self.info.signature if channel == CHANNEL_CONV else ""
+            text = json.dumps([scope, entries])
+            digests[channel] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return digests
+
+    def fit(
+        self,
+        pass_: Pass,
+        adapter: AdapterState,
+        batches: Sequence[Sequence[Sample]],
+        *,
+        seed: int,
+        on_step: StepCallback | None = None,
+    ) -> LocalResult:
+        """Trains one optimizer step per item of ``batches``, at most ``pass_.num_steps``.
+
+        The optimizer is a fresh AdamW in every call: its moments are not kept between rounds, so
+        they cannot outlive the weights that the server has replaced in the meantime. A batch is
+        cut into micro-batches of the configured size; its loss is the mean over its samples of
+        each sample's mean token loss, however it is cut. Dropout depends on ``seed`` and the step
+        only; the global generators are left as they were.
+
+        Args:
+            pass_: view, trained branches, steps, learning-rate factor and loss.
+            adapter: where to start.
+            batches: samples of each optimizer step, none empty.
+            seed: of the randomness in the model (dropout, gate noise).
+            on_step: called after each step.
+
+        Returns:
+            The trained adapter; without batches the adapter as it came.
+
+        Raises:
+            AdapterError: tensors do not fit, or the pass trains nothing.
+            DataError: a sample cannot be encoded.
+            NonFiniteLossError: the loss is infinite or not a number.
+        """
+        started = time.perf_counter()
+        self._load(adapter)
+        self._loaded = None
+        self.adapter.set_view(pass_.view)
+        self.adapter.set_trainable(pass_.train)
+        batches = batches[: pass_.num_steps]
+        optimizer = self._optimizer(pass_)
+        self._bundle.processor.prefetch(sample for batch in batches for sample in batch)
+        model = self.adapter.model
+        model.train()
+        losses: list[Tensor] = []
+        num_tokens = 0
+        peak = [group["lr"] for group in optimizer.param_groups]
+        with _own_generator(self._bundle.device) as reseed:
+            for step, batch in enumerate(batches):
+                reseed(derive_seed(seed, "step", step))
+                for group, rate in zip(optimizer.param_groups, peak, strict=True):
+                    group["lr"] = rate * self._schedule(step, len(batches))
+                loss, tokens = self._step(batch, optimizer, pass_.loss)
+                self._check_finite(loss, step, len(batches))
+                losses.append(loss)
+                num_tokens += tokens
+                if on_step is not None:
+                    on_step(step + 1, len(batches))
+        optimizer.zero_grad(set_to_none=True)
+        model.eval()
+        values = torch.stack(losses).tolist() if losses else []
+        for step, value in enumerate(values):
+            self._raise_unless_finite(value, step, len(batches))
+        return LocalResult(
+            adapter=self.adapter.collect(),
+            losses=tuple(values),
+            num_examples=sum(len(batch) for batch in batches),
+            num_tokens=num_tokens,
+            duration_s=time.perf_counter() - started,
+        )
+
+    def evaluate(
+        self,
+        adapter: AdapterState | None,
+        view: View,
+        samples: Sequence[Sample],
+        task: TaskSpec,
+    ) -> Score:
+        """Scores one task.
+
+        Args:
+            adapter: a client's tensors; None for the untouched base model.
+            view: branches to use; ignored for the base model.
+            samples: test samples.
+            task: says how answers are judged.
+
+        Returns:
+            The score; NaN without samples.
+        """
+        if adapter is None:
+            self._require_open()
+            view = View.BASE
+        else:
+            self._load(adapter)
+        self.adapter.set_view(view)
+        self.adapter.model.eval()
+        self._bundle.processor.prefetch(samples)
+        return score_task(
+            self.adapter.model,
+            self._bundle.processor,
+            samples,
+            task,
+            self._evaluation,
+            # An input gate looks at the whole sequence, so choices cannot share their prompt.
+            share_prompt=not (self._has_input_gate and view is View.GATED),
+        )
+
+    def close(self) -> None:
+        """Takes the adapter out; the base model is as it was before. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        peft_model: Any = self.adapter.model
+        peft_model.unload()
+        self._bundle.adapter = None
+        self._bundle.model.requires_grad_(False)
+        self._bundle.model.eval()
+        self._loaded = None
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise AdapterError(
+                f"the engine of model {self.info.name!r} is closed", hint="make a new engine"
+            )
+
+    def _load(self, adapter: AdapterState) -> None:
+        self._require_open()
+        # Evaluation scores the same client on many tasks in a row.
+        if self._loaded is not adapter:
+            self.adapter.load(adapter)
+            self._loaded = adapter
+
+    def _optimizer(self, pass_: Pass) -> torch.optim.Optimizer:
+        rates = {"ab": self._optim.learning_rate, "pq": self._optim.pq_learning_rate}
+        groups = [
+            {"params": parameters, "lr": rates[name] * pass_.lr_scale}
+            for name, parameters in self.adapter.param_groups().items()
+            if parameters
+        ]
+        if not groups:
+            trained = ", ".join(sorted(pass_.train)) or "none"
+            raise AdapterError(
+                f"pass {pass_.name!r} of model {self.info.name!r} trains nothing: "
+                f"branches {trained} have no parameters in this adapter"
+            )
+        # Adapters are hundreds of small tensors: one fused kernel instead of a dozen per tensor.
+        return torch.optim.AdamW(groups, weight_decay=self._optim.weight_decay, fused=True)
+
+    def _schedule(self, step: int, num_steps: int) -> float:
+        if self._optim.schedule == "constant":
+            return 1.0
+        warm_up = math.ceil(_WARM_UP * num_steps)
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / (num_steps - warm_up)))
+
+    def _step(
+        self, batch: Sequence[Sample], optimizer: torch.optim.Optimizer, loss_name: str
+    ) -> tuple[Tensor, int]:
+        """One optimizer step; its loss stays on the device."""
+        loss_function = LOSSES[loss_name]
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self._bundle.device)
+        num_tokens = 0
+        size = self._optim.batch_size
+        for start in range(0, len(batch), size):
+            inputs, positions, tokens = self._bundle.processor.encode_supervised(
+                batch[start : start + size]
+            )
+            loss = loss_function(self.adapter.model, inputs, positions).sum() / len(batch)
+            loss.backward()
+            total += loss.detach()
+            num_tokens += tokens
+        if self._optim.max_grad_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._optim.max_grad_norm)
+        optimizer.step()
+        return total, num_tokens
+
+    def _check_finite(self, loss: Tensor, step: int, num_steps: int) -> None:
+        # Reading the value on an accelerator would wait for it; there it is read at the end.
+        if loss.device.type == "cpu":
+            self._raise_unless_finite(float(loss), step, num_steps)
+
+    def _raise_unless_finite(self, value: float, step: int, num_steps: int) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss of model {self.info.name!r} is {value} at step {step + 1} of "
+                f"{num_steps}; lower optim.learning_rate and optim.pq_learning_rate, set "
+                "optim.max_grad_norm, or use dtype float32"
+            )
+
+
+@contextmanager
+def _own_generator(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Gives the model generators of its own; restores the global ones afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+
+        def reseed(seed: int) -> None:
+            # torch.manual_seed would also queue a seed for every accelerator, with a stack trace.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+
+        yield reseed
