@@ -42,8 +42,9 @@ def bundled_config(name: str = "quickstart") -> Path:
     Raises:
         ConfigError: there is none of that name; the known ones are listed.
     """
-    # An editable install keeps a copy in site-packages that grows old; the checkout wins.
-    folders = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")
+    checkout = _PACKAGE.parent
+    in_checkout = (checkout / "pyproject.toml").is_file()
+    folders = (checkout / "configs",) if in_checkout else (_PACKAGE / "_configs",)
     for folder in folders:
         path = folder / f"{name}.yaml"
         if path.is_file():
@@ -321,7 +322,11 @@ def _resolve_paths(document: Document, experiment: Experiment, folder: Path) -> 
         return Path.cwd() if document.origin(path).startswith("--set") else folder
 
     def absolute(path: KeyPath, value: str) -> str:
-        return str((base(path) / Path(value).expanduser()).absolute())
+        try:
+            expanded = Path(value).expanduser()
+        except RuntimeError:  # "~name" of a user that does not exist is a plain name
+            expanded = Path(value)
+        return str((base(path) / expanded).absolute())
 
     data, adapter = experiment.data, experiment.adapter
     if data.root is not None:

@@ -27,10 +27,10 @@ _TEXT: Mapping[str, str] = {
     "dataclass_type": "must be a mapping",
     "dataclass_exact_type": "must be a mapping",
     "finite_number": "must be a finite number",
-    "greater_than_equal": "must be >= {ge}",
-    "greater_than": "must be > {gt}",
-    "less_than_equal": "must be <= {le}",
-    "less_than": "must be < {lt}",
+    "greater_than_equal": "must be >= {ge:g}",
+    "greater_than": "must be > {gt:g}",
+    "less_than_equal": "must be <= {le:g}",
+    "less_than": "must be < {lt:g}",
     "literal_error": "must be one of {expected}",
 }
 

@@ -219,8 +219,9 @@ def read_document(path: Path) -> Document:
             tags are noted in the document's ``problems``, with what else will be found.
     """
     name = str(path)
-    loader = _Loader(_read_text(path, name))
+    text = _read_text(path, name)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -231,7 +232,8 @@ def read_document(path: Path) -> Document:
             hint="check the indentation, colons and quotes of this line and the one before",
         ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: broken YAML: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"{name}: broken YAML: {reason}") from error
     if root is None:
         raise ConfigError(
             f"{name}: the file is empty", hint="'fedmosaic config show' prints a complete one"
@@ -250,8 +252,8 @@ def parse_value(text: str) -> Any:
     Raises:
         ConfigError: the text is not YAML.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} is not a YAML value; put it in quotes") from error

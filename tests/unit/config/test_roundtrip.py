@@ -1,0 +1,109 @@
+"""A dumped experiment loads as an equal one; FedML's reader sees the same sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from fedml_plugin_fedmosaic.config.layout import section_types
+from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experiment
+from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment, ModelSpec
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+ABSOLUTE = TEXT.map(lambda name: f"/no/such/{name}")
+
+
+def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that a JSON schema of our sections allows."""
+    if "anyOf" in schema:
+        return st.one_of([values(option) for option in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if "const" in schema:
+        return st.just(schema["const"])
+    match schema["type"]:
+        case "integer":
+            return st.integers(schema.get("minimum", 0), 2**40)
+        case "number":
+            return st.floats(
+                schema.get("minimum", schema.get("exclusiveMinimum", 0)),
+                schema.get("maximum", schema.get("exclusiveMaximum", 1e300)),
+                exclude_min="exclusiveMinimum" in schema,
+                exclude_max="exclusiveMaximum" in schema,
+            )
+        case "array":
+            return st.lists(values(schema["items"]), max_size=3).map(tuple)
+        case other:
+            return {"boolean": st.booleans(), "null": st.none(), "string": TEXT}[other]
+
+
+def section(cls: Any, **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    schema = TypeAdapter(cls).json_schema()["properties"]
+    drawn = {item.name: values(schema[item.name]) for item in dataclasses.fields(cls)}
+    return st.builds(cls, **{**drawn, **fixed})
+
+
+FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "train": {
+        "federated_optimizer": st.sampled_from(["FedMosaic", "fedmosaic"]),
+        "client_num_in_total": st.none(),
+    },
+    "data": {
+        "source": st.sampled_from(["quickstart", "drake"]),
+        "root": st.none() | ABSOLUTE,
+        "scenario": st.none() | ABSOLUTE,
+        "rounds_per_task": st.none() | st.integers(1, 9).map(float),
+    },
+    "adapter": {
+        "type": st.sampled_from(["auto", "lora", "pq_lora"]),
+        "alignment": st.none() | st.just("bundled") | ABSOLUTE,
+    },
+    "sketch": {"proxy": st.none()},
+    "evaluation": {"compare": st.lists(st.sampled_from(["local", "fedavg"])).map(tuple)},
+}
+EXPERIMENTS = st.builds(
+    Experiment,
+    **{
+        name: section(cls, **FIXED.get(name, {}))
+        for name, cls in section_types().items()
+        if name not in ("models", "strategy")
+    },
+    models=st.dictionaries(
+        TEXT, section(ModelSpec, path=TEXT.map(lambda x: f"org/{x}")), max_size=3
+    ),
+    strategy=st.just({}) | st.just({"temperature": 0.25, "top_k": None}),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(EXPERIMENTS)
+def test_load_reverses_dump(experiment: Experiment) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_text(dump_experiment(experiment), encoding="utf-8")
+        assert load_experiment(path) == experiment
+
+
+@given(EXPERIMENTS)
+@settings(deadline=None, max_examples=20)
+def test_fedml_can_read_a_dump(experiment: Experiment) -> None:
+    # FedML reads with safe_load and flattens the sections into one namespace.
+    tree = yaml.safe_load(dump_experiment(experiment))
+    flat: dict[str, Any] = {}
+    for name, content in tree.items():
+        assert isinstance(content, dict), name
+        assert not set(content) & set(flat), name
+        flat.update(content)
+    assert flat["comm_round"] == experiment.train.comm_round
+    assert isinstance(flat["optim"]["learning_rate"], float)
+
+
+def test_every_field_has_a_section() -> None:
+    assert set(SECTION_OF) == {item.name for item in dataclasses.fields(Experiment)}
