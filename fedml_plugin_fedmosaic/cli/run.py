@@ -164,7 +164,7 @@ def _preparation(
     """Loads data and models once the sinks are known."""
     if hooks is None and experiment.dp.enable_dp:
         # By name: the two doors, this one and FedML's, do not import each other.
-        module = import_module("fedml_plugin_fedmosaic.integrations.fedml.hooks")
+        module = import_module("fedml_plugin_fedmosaic.integrations.fedml.privacy")
         hooks = module.make_hooks
 
     def prepare(sinks: Sequence[EventSink]) -> PreparedRun:
