@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 
 class TextTable(Protocol):
@@ -39,10 +40,12 @@ def print_table(table: TextTable, console: Console | None = None, title: str | N
     num_footer = getattr(table, "num_footer", 0)
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, name in enumerate(table.columns):
-        shown.add_column(name, justify="left" if index < num_left else "right", vertical="bottom")
+        shown.add_column(
+            Text(name), justify="left" if index < num_left else "right", vertical="bottom"
+        )
     first_footer = len(table.rows) - num_footer
     for index, row in enumerate(table.rows):
-        shown.add_row(*row, end_section=index == first_footer - 1)
+        shown.add_row(*map(Text, row), end_section=index == first_footer - 1)
     if not console.is_terminal:
         wide = Console(width=10_000)
         console.width = max(console.width, Measurement.get(wide, wide.options, shown).maximum)
