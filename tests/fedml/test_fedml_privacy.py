@@ -45,7 +45,7 @@ def test_off_means_none():
 @pytest.mark.parametrize(
     ("mechanism", "std"),
     [
-        # FedML: sqrt(2 ln(1.25/delta)) sensitivity / epsilon, and Laplace with scale b, std b sqrt 2
+        # Gaussian: sqrt(2 ln(1.25/delta)) sensitivity / epsilon; Laplace of scale b: b sqrt 2.
         ("gaussian", (2 * np.log(1.25 / 1e-5)) ** 0.5 / 0.5),
         ("laplace", 2**0.5 / (0.5 - np.log(1 - 1e-5))),
     ],

@@ -108,11 +108,12 @@ def test_an_error_of_the_target_is_its_own(target, tmp_path):
 
 
 def test_start_up_imports_nothing_but_itself():
+    folder = str(Path(hook.__file__).parent)
     code = (
-        "import sys; sys.path.insert(0, {folder!r}); before = set(sys.modules);"
+        f"import sys; sys.path.insert(0, {folder!r}); before = set(sys.modules);"
         "import _fedmosaic_hook; _fedmosaic_hook.install();"
         "print(sorted(set(sys.modules) - before))"
-    ).format(folder=str(Path(hook.__file__).parent))
+    )
     command = [sys.executable, "-I", "-S", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['_fedmosaic_hook']"
