@@ -108,8 +108,9 @@ def run_command(
         experiment = _load(algo, cf, backend, overrides)
         folder = None if run_dir is None else Path(run_dir)
         if dry_run:
+            prepared = _preparation(experiment, folder, hooks)(())
             if rank == 0:
-                _describe(_preparation(experiment, folder, hooks)(()))
+                _describe(prepared)
             return 0
         summary = train(experiment, folder, hooks)
         if rank == 0:
@@ -171,9 +172,19 @@ def _preparation(
         from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 
         made = hooks(experiment) if hooks is not None else None
-        return prepare_run(experiment, run_dir, sinks, made)
+        prepared = prepare_run(experiment, run_dir, sinks, made)
+        _wait_for_all_ranks(experiment)
+        return prepared
 
     return prepare
+
+
+def _wait_for_all_ranks(experiment: Experiment) -> None:
+    """All ranks choose the same run folder before one of them creates it."""
+    if experiment.comm.backend == "MPI":
+        from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
+
+        COMMUNICATORS["mpi"]().barrier()
 
 
 def _describe(prepared: PreparedRun) -> None:

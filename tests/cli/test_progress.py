@@ -46,7 +46,7 @@ def a_run() -> Iterator[ev.Event]:
                 strategy="fedavg",
                 round_idx=round_idx,
                 client_id=client_id,
-                pass_name="local",
+                pass_name="local",  # noqa: S106 - not a password
                 num_steps=5,
                 num_examples=20,
                 num_tokens=40,
