@@ -18,6 +18,8 @@ _NORM_FLOOR = 1e-12
 _TILE_CLIENTS = 32
 _BLOCK_ELEMENTS = 1 << 20
 """Entries of all clients' column blocks together: third-level cache."""
+_PRODUCT_LENGTH = 1 << 14
+"""Terms of an inner product that are summed in float32 before float64 takes over."""
 _GROUP_ELEMENTS = 1 << 17
 """Entries that are squared and summed at a time: second-level cache."""
 
@@ -96,9 +98,11 @@ def _gram(sketches: Sequence[Tensor], block_columns: int | None, *, normalise: b
         block = storage[: count * rows * size].view(count, rows, size)
         _fill(block, sketches, start, normalise=normalise)
         flat = block.view(count, rows * size)
-        for index, upper in enumerate(tiles):
-            for lower in tiles[index:]:
-                gram[upper, lower] += torch.mm(flat[upper], flat[lower].T).cpu()
+        for at in range(0, flat.shape[1], _PRODUCT_LENGTH):
+            piece = flat[:, at : at + _PRODUCT_LENGTH]
+            for index, upper in enumerate(tiles):
+                for lower in tiles[index:]:
+                    gram[upper, lower] += torch.mm(piece[upper], piece[lower].T).cpu()
     return gram
 
 
