@@ -158,6 +158,14 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gossip")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_the_peft_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(DOCS / "adapters.md", "python")
+    exec(compile(example, "adapters.md", "exec"), {})  # noqa: S102
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
 def test_the_site_builds_strictly(tmp_path):
     if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs and mkdocs-material are not installed (pip install '.[docs]')")
