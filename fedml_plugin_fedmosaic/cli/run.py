@@ -172,19 +172,9 @@ def _preparation(
         from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 
         made = hooks(experiment) if hooks is not None else None
-        prepared = prepare_run(experiment, run_dir, sinks, made)
-        _wait_for_all_ranks(experiment)
-        return prepared
+        return prepare_run(experiment, run_dir, sinks, made)
 
     return prepare
-
-
-def _wait_for_all_ranks(experiment: Experiment) -> None:
-    """All ranks choose the same run folder before one of them creates it."""
-    if experiment.comm.backend == "MPI":
-        from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
-
-        COMMUNICATORS["mpi"]().barrier()
 
 
 def _describe(prepared: PreparedRun) -> None:
