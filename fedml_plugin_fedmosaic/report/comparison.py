@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.data.metrics import mean_interval
 from fedml_plugin_fedmosaic.report import plots
 from fedml_plugin_fedmosaic.report.html import render, write_page
 from fedml_plugin_fedmosaic.report.metrics import Run, load_run
-from fedml_plugin_fedmosaic.report.numbers import mean_ci, percent
+from fedml_plugin_fedmosaic.report.numbers import percent
 from fedml_plugin_fedmosaic.report.records import BASE
 from fedml_plugin_fedmosaic.report.sections import Figure, Section
 from fedml_plugin_fedmosaic.report.tables import (
@@ -30,7 +31,8 @@ def _intervals(values: dict[str, list[float]]) -> list[Interval]:
     for name, numbers in values.items():
         if numbers:
             shares = [100 * number for number in numbers]
-            found.append((name, *mean_ci(shares), shares))
+            estimate = mean_interval(shares)
+            found.append((name, estimate.mean, estimate.half_width, shares))
     return found
 
 
@@ -60,7 +62,7 @@ def _differences(runs: Sequence[Run]) -> Section | None:
     if not panels:
         return None
     svg = plots.intervals(panels, xlabel="points", label="Paired differences", zero=True)
-    lead = f"Paired inside each run, so that what a seed does to both does not count ({REFERENCE})."
+    lead = "Paired inside each run: what a seed does to both strategies cancels."
     caption = "An interval that does not touch zero is a difference at the 5 % level of one test."
     title = f"Difference to {REFERENCE}"
     return Section("differences", title, lead, figures=(Figure(svg, caption),))

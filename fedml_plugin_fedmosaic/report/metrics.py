@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fedml_plugin_fedmosaic.core import events as ev
+from fedml_plugin_fedmosaic.data.metrics import a_auc
 from fedml_plugin_fedmosaic.report.records import (
     BASE,
     CLIENTS_FILE,
@@ -169,7 +170,8 @@ class StrategyMetrics:
     @property
     def a_auc(self) -> float | None:
         """Mean of Self over all evaluated rounds (A_AUC), without the untouched base model."""
-        return mean(value for round_idx, value in self.mean_curve.items() if round_idx >= 0)
+        curve = [value for round_idx, value in self.mean_curve.items() if round_idx >= 0]
+        return a_auc(curve) if curve else None
 
     def bytes_per_client_round(self, direction: str) -> float | None:
         """Mean bytes that one client moves in one round.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.data.metrics import mean_interval
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, load_run, mean
-from fedml_plugin_fedmosaic.report.numbers import MISSING, mean_ci, percent, readable_bytes, seconds
+from fedml_plugin_fedmosaic.report.numbers import MISSING, percent, readable_bytes, seconds
 from fedml_plugin_fedmosaic.report.records import BASE
 
 SUMMARY_FILE = "summary.json"
@@ -253,16 +254,19 @@ def strategies_of(runs: Sequence[Run]) -> list[str]:
 def _with_ci(values: Sequence[float], measure: Measure) -> str:
     if not values:
         return MISSING
-    centre, half = mean_ci(values)
-    shown = measure.show(centre)
-    return shown if half is None or not measure.is_score else f"{shown} ± {percent(half)}"
+    estimate = mean_interval(values)
+    shown = measure.show(estimate.mean)
+    if estimate.half_width is None or not measure.is_score:
+        return shown
+    return f"{shown} ± {percent(estimate.half_width)}"
 
 
 def _difference_cell(values: Sequence[float]) -> str:
     if not values:
         return MISSING
-    centre, half = mean_ci(values)
-    return f"{100 * centre:+.1f}" + ("" if half is None else f" ± {percent(half)}")
+    estimate = mean_interval(values)
+    half = estimate.half_width
+    return f"{100 * estimate.mean:+.1f}" + ("" if half is None else f" ± {percent(half)}")
 
 
 def comparison_table(runs: Sequence[Run]) -> SummaryTable:
