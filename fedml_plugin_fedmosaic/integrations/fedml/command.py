@@ -174,6 +174,9 @@ def _run_ranks(ours: dict[str, Any]) -> int:
     command = [launcher, "-n", str(ours["fm_ranks"]), sys.executable, *rank_arguments(ours)]
     # More ranks than cores is slow, but right for a simulation; Open MPI has to be told.
     environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ}
+    if not sys.stdout.isatty():
+        # Open MPI gives its ranks a terminal of its own, whatever its output goes to.
+        environment.setdefault("TTY_COMPATIBLE", "0")
     return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
 
 

@@ -136,21 +136,26 @@ def _log_event(event: Event) -> None:
 
 @contextmanager
 def _visible_log() -> Iterator[None]:
-    """Shows our log lines on standard error where the program has set up no logging itself."""
+    """Shows our log lines where the program has chosen no log level itself.
+
+    FedML's own log set-up, which sends every print() to standard error, is not used; FedML's
+    ``logging.info`` calls may have given the root logger a handler, at Python's default level.
+    """
     root, ours = logging.getLogger(), logging.getLogger("fedml_plugin_fedmosaic")
-    if root.handlers or ours.handlers:
-        yield
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     level = ours.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    handler: logging.Handler | None = None
+    if not ours.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        ours.addHandler(handler)
+    if level == logging.NOTSET and root.level == logging.WARNING:
+        ours.setLevel(logging.INFO)
     try:
         yield
     finally:
-        ours.removeHandler(handler)
         ours.setLevel(level)
+        if handler is not None:
+            ours.removeHandler(handler)
 
 
 __all__ = ["Runner"]
