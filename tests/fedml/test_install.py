@@ -53,12 +53,19 @@ def files_beside_us(python: Path) -> dict[str, bytes]:
     return {str(path.relative_to(site)): path.read_bytes() for path in files}
 
 
+def build(kind: str, folder: Path) -> Path:
+    """What pip asks the build backend for: a wheel, or the small wheel of an editable install."""
+    code = f"import sys; from hatchling.build import build_{kind} as b; b(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
 @pytest.fixture(scope="module")
 def wheel(python, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder]
-    call(sys.executable, "-m", "pip", "wheel", *options, ROOT)
-    return next(folder.glob("*.whl"))
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_the_hook_at_its_top(wheel):
@@ -72,11 +79,11 @@ def test_the_wheel_holds_the_hook_at_its_top(wheel):
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_install_and_uninstall(editable, python, wheel):
+def test_install_and_uninstall(editable, python, wheel, tmp_path):
     before = files_beside_us(python)
     assert call(python, "-I", "-c", PROBE).split() == ["False", "False", "True"]
-    what = ["--editable", ROOT] if editable else [wheel]
-    pip(python, "install", "--no-deps", "--no-index", "--no-build-isolation", "--quiet", *what)
+    what = build("editable", tmp_path) if editable else wheel
+    pip(python, "install", "--no-deps", "--no-index", "--quiet", what)
     assert call(python, "-I", "-c", PROBE).split() == ["True", "True", "True"]
     assert call(python, "-I", "-S", "-c", "import sys; print(len(sys.meta_path))").strip() == "3"
     pip(python, "uninstall", "--yes", "--quiet", "fedml-plugin-fedmosaic")
