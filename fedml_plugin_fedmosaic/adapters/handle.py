@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,22 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.core.types import AdapterKey, AdapterState, Part
+from fedml_plugin_fedmosaic.core.types import AdapterKey, AdapterState, Part, View
 
-_SHOWN = 8
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainLayer:
+    """One linear's adapter as plain LoRA: ``y = base(x) + scaling * (B A x + bias)``.
+
+    Attributes:
+        A: (rank, d_in).
+        B: (d_out, rank).
+        bias: (d_out,), or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None
 
 
 class AdapterHandle(ABC):
@@ -33,6 +47,18 @@ class AdapterHandle(ABC):
     @abstractmethod
     def parameters(self) -> dict[AdapterKey, nn.Parameter]:
         """All adapter tensors of the model, in no particular order."""
+
+    @abstractmethod
+    def plain(self, view: View) -> dict[str, PlainLayer]:
+        """The adapter in one view as plain LoRA, by dotted name of the linear in the base model.
+
+        Raises:
+            AdapterError: the view is no fixed weight, or has no adapter.
+        """
+
+    @abstractmethod
+    def shape(self) -> tuple[int, float]:
+        """Rank and scaling (alpha / rank)."""
 
     def keys(self) -> tuple[AdapterKey, ...]:
         """All adapter tensors' keys, sorted."""
@@ -87,10 +113,8 @@ def raise_problems(what: str, problems: list[str], hint: str | None = None) -> N
     """
     if not problems:
         return
-    shown = "\n  ".join(problems[:_SHOWN])
-    more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise AdapterError(
-        f"{what}: {len(problems)} problem(s)\n  {shown}{more}",
+        "\n  ".join([f"{what}: {len(problems)} problem(s)", *problems]),
         hint=hint
         or "tensors must come from the same architecture, rank, blocks, gate and target modules",
     )

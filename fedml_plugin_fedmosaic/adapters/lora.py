@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedml_plugin_fedmosaic.adapters.handle import AdapterHandle, wrap
+from fedml_plugin_fedmosaic.adapters.handle import AdapterHandle, PlainLayer, wrap
 from fedml_plugin_fedmosaic.adapters.initial import kaiming_rows
 from fedml_plugin_fedmosaic.adapters.pq_lora.inject import refuse_adapted
 from fedml_plugin_fedmosaic.adapters.structure import Target, find_text_tower
@@ -63,6 +63,30 @@ class LoraHandle(AdapterHandle):
         self._trainable = frozenset(branches)
         for parameter in self.parameters().values():
             parameter.requires_grad_(Branch.LOCAL in branches)
+
+    def plain(self, view: View) -> dict[str, PlainLayer]:
+        """The adapter by name of the linear in the base model.
+
+        Raises:
+            AdapterError: the view is not local.
+        """
+        if view is not View.LOCAL:
+            raise AdapterError(
+                f"plain LoRA has no adapter in the view {view!r}", hint="use the view local"
+            )
+        base = self.model.get_base_model()
+        names = {id(module): name for name, module in base.named_modules()}
+        return {
+            names[id(lora)]: PlainLayer(
+                A=lora.lora_A[_NAME].weight.detach(), B=lora.lora_B[_NAME].weight.detach()
+            )
+            for lora in self._layers.values()
+        }
+
+    def shape(self) -> tuple[int, float]:
+        """Rank and scaling."""
+        peft_config = self.model.peft_config[_NAME]
+        return peft_config.r, peft_config.lora_alpha / peft_config.r
 
 
 def inject_lora(

@@ -100,7 +100,7 @@ class ForwardContext:
                 f"{(batch, tokens)} (batch, tokens)"
             )
         mask = torch.ones(batch, tokens, device=x.device) if self._mask is None else self._mask
-        real = mask.to(device=x.device, dtype=torch.float32)
+        real = mask.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         if self.prompt_length is not None and self.prompt_length < tokens:
             real = real.clone()
             real[:, self.prompt_length :] = 0

@@ -9,8 +9,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fedml_plugin_fedmosaic.adapters.handle import AdapterHandle, raise_problems, wrap
+from fedml_plugin_fedmosaic.adapters.handle import (
+    AdapterHandle,
+    PlainLayer,
+    raise_problems,
+    wrap,
+)
 from fedml_plugin_fedmosaic.adapters.pq_lora.config import PQLoraConfig
+from fedml_plugin_fedmosaic.adapters.pq_lora.layer import PQLoraLayer
 from fedml_plugin_fedmosaic.adapters.pq_lora.model import find_targets, pq_layers
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig
 from fedml_plugin_fedmosaic.core.errors import AdapterError
@@ -40,6 +46,34 @@ class PQLoraHandle(AdapterHandle):
         """Switches gradients: LOCAL/GLOBAL their trainable parts, SHARED the gate only."""
         for layer in pq_layers(self.model):
             layer.set_trainable(branches)
+
+    def plain(self, view: View) -> dict[str, PlainLayer]:
+        """The adapter in one view as plain LoRA; a conventional layer's branches are stacked.
+
+        Raises:
+            AdapterError: the view is gated by the input, or is the base model.
+        """
+        base = self.model.get_base_model()
+        named = [item for item in base.named_modules() if isinstance(item[1], PQLoraLayer)]
+        layers: dict[str, PlainLayer] = {}
+        for name, layer in named:
+            before = layer.view
+            layer.set_view(view)
+            try:
+                mixed = layer.mixed(_NAME)
+            finally:
+                layer.set_view(before)
+            A, B = mixed[Part.A], mixed[Part.B]
+            if Part.P in mixed:
+                layers[name] = PlainLayer(A=A, B=B @ mixed[Part.P].t(), bias=B @ mixed[Part.Q])
+            else:
+                layers[name] = PlainLayer(A=A, B=B)
+        return layers
+
+    def shape(self) -> tuple[int, float]:
+        """Rank and scaling."""
+        peft_config: PQLoraConfig = self.model.peft_config[_NAME]
+        return peft_config.r, peft_config.scaling
 
 
 def inject_pq_lora(
