@@ -42,7 +42,8 @@ def nearest_row_orthonormal(matrix: Tensor) -> Tensor:
             hint="lower adapter.rank",
         )
     left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def leading_directions(second_moment: Tensor, rank: int) -> Tensor:
@@ -65,7 +66,8 @@ def leading_directions(second_moment: Tensor, rank: int) -> Tensor:
     _, vectors = torch.linalg.eigh(second_moment.double())
     rows = vectors.flip(1)[:, :rank].T
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    return rows * torch.sign(largest)
+    signed: Tensor = rows * torch.sign(largest)
+    return signed
 
 
 def ridge(second_moment: Tensor, cross_moment: Tensor, strength: float = 1e-3) -> Tensor:
@@ -82,7 +84,8 @@ def ridge(second_moment: Tensor, cross_moment: Tensor, strength: float = 1e-3) -
     moment = second_moment.double()
     scale = moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     eye = torch.eye(moment.shape[0], dtype=torch.float64)
-    return torch.linalg.solve(moment + strength * scale * eye, cross_moment.double()).T
+    solution: Tensor = torch.linalg.solve(moment + strength * scale * eye, cross_moment.double())
+    return solution.T
 
 
 def explained_fraction(
