@@ -17,6 +17,7 @@ from typing import Any
 
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.quickstart.images import Audience, read_png
 from fedml_plugin_fedmosaic.data.quickstart.tasks import TASKS, UNSEEN, Question, QuickTask
 
@@ -74,6 +75,17 @@ def to_record(task: QuickTask, audience: Audience, index: int, row: Question) ->
     }
 
 
+def to_sample(root: Path, task: QuickTask, audience: Audience, index: int, row: Question) -> Sample:
+    """The row as the loader would read it from a folder that :func:`write_task` wrote."""
+    record = to_record(task, audience, index, row)
+    return Sample(
+        sample_id=record["id"],
+        task=task.name,
+        turns=(row.prompt, row.answer),
+        images=tuple(root / path for path in record["image"]),
+    )
+
+
 def write_task(root: Path, task: QuickTask, audience: Audience, rows: Iterable[Question]) -> None:
     """Writes one split of a task and its images below ``root``.
 
@@ -92,6 +104,12 @@ def write_task(root: Path, task: QuickTask, audience: Audience, rows: Iterable[Q
     target = root / "dataset" / task.dataset / split / f"dataset-{task.subset_id}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def test_samples(root: Path, task: QuickTask) -> tuple[Sample, ...]:
+    """The test set of a task, seen or unseen, in a folder of :func:`ensure_built`."""
+    rows = task.questions("test", TEST_ROWS, _SEED)
+    return tuple(to_sample(root, task, "test", index, row) for index, row in enumerate(rows))
 
 
 def _write_all(root: Path) -> None:

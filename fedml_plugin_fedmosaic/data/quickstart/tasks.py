@@ -107,10 +107,20 @@ class QuickTask:
         """``<dataset>-<subset_id>``."""
         return self.spec.name
 
-    def questions(self, audience: Audience, count: int, seed: int) -> Iterator[Question]:
-        """Rows with equally frequent answers in random order; the same for the same arguments."""
+    def questions(
+        self, audience: Audience, count: int, seed: int, images_per_label: int | None = None
+    ) -> Iterator[Question]:
+        """Rows with equally frequent answers in random order; the same for the same arguments.
+
+        Args:
+            audience: whose images.
+            count: number of rows.
+            seed: another seed gives other rows.
+            images_per_label: use only so many images of each label; all when omitted.
+        """
         rng = python_random(seed, "quickstart rows", self.name, audience)
-        deck = Deck(images_of(self.pool, audience, self.label), rng)
+        groups = images_of(self.pool, audience, self.label)
+        deck = Deck({label: refs[:images_per_label] for label, refs in groups.items()}, rng)
         answers = [self.answers[i % len(self.answers)] for i in range(count)]
         rng.shuffle(answers)
         for answer in answers:
