@@ -39,16 +39,14 @@ class _Round:
     losses: list[float] = field(default_factory=list)
     finished: RoundFinished | None = None
     own: list[float] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
 
     def line(self, num_rounds: int) -> str:
         """The round in one line."""
         parts = [f"{self.strategy:<10} round {self.round_idx + 1}/{num_rounds}"]
         if self.losses:
             parts.append(f"loss {sum(self.losses) / len(self.losses):.3f}")
-        for label, values in (("Self", self.own), ("Others", self.others)):
-            if values:
-                parts.append(f"{label} {percent(sum(values) / len(values))} %")
+        if self.own:
+            parts.append(f"Self {percent(sum(self.own) / len(self.own))} %")
         if self.finished is not None:
             up = sum(self.finished.uplink_bytes.values())
             down = sum(self.finished.downlink_bytes.values())
@@ -88,9 +86,8 @@ class RoundLines:
                 self._round.finished = event
             case Evaluated() if event.round_idx < 0:
                 self._base.append(event)
-            case Evaluated() if self._round is not None:
-                scores = self._round.own if event.scope == "self" else self._round.others
-                scores.append(event.value)
+            case Evaluated() if self._round is not None and event.scope == "self":
+                self._round.own.append(event.value)
             case RunFinished():
                 self._flush()
                 self._write(

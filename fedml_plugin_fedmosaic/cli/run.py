@@ -169,10 +169,18 @@ def _preparation(
         hooks = module.make_hooks
 
     def prepare(sinks: Sequence[EventSink]) -> PreparedRun:
+        from fedml_plugin_fedmosaic.core.errors import AdapterError, ConfigError, PlanError
         from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 
         made = hooks(experiment) if hooks is not None else None
-        return prepare_run(experiment, run_dir, sinks, made)
+        try:
+            return prepare_run(experiment, run_dir, sinks, made)
+        except (AdapterError, PlanError) as error:
+            # Before anything is trained, a misfit is a mistake in the configuration.
+            mistake = ConfigError(error.message, hint=error.hint)
+            for note in getattr(error, "__notes__", ()):
+                mistake.add_note(note)
+            raise mistake from error
 
     return prepare
 

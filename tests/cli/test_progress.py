@@ -71,7 +71,7 @@ LINES = [
     "base       untouched models  Self 25.0 %  Others 12.5 %",
     "fedavg     2 rounds, 2 of 3 clients a round",
     "fedavg     round 1/2  loss 1.500  Self 50.0 %  up 4.0 KiB, down 2.0 KiB  3.2 s",
-    "fedavg     round 2/2  loss 1.500  Self 75.0 %  Others 50.0 %  3.2 s",
+    "fedavg     round 2/2  loss 1.500  Self 75.0 %  3.2 s",
     "fedavg     done: training 6.5 s, with evaluation 8.0 s",
 ]
 
