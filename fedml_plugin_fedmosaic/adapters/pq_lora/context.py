@@ -35,6 +35,8 @@ class ForwardContext:
         self._mask: Tensor | None = None
         self._gates: dict[str, Tensor] = {}
         self._replay: dict[str, Tensor] | None = None
+        # The same for all linears of a pass, so computed once per width of the batch and dtype.
+        self._weights: dict[tuple[Any, ...], Tensor] = {}
         self._by_cache: MutableMapping[Any, dict[str, Tensor]] = WeakKeyDictionary()
 
     def begin(self, mask: Tensor | None, cache: Any) -> None:
@@ -48,7 +50,7 @@ class ForwardContext:
             AdapterError: the mask is not two-dimensional, or the cache holds tokens that were read
                 without this adapter.
         """
-        self._gates, self._replay, self._mask = {}, None, None
+        self._gates, self._replay, self._mask, self._weights = {}, None, None, {}
         if cache is not None:
             if int(cache.get_seq_length()) > 0:
                 self._replay = self._by_cache.get(cache)
@@ -94,6 +96,9 @@ class ForwardContext:
             AdapterError: the mask has another shape.
         """
         batch, tokens = x.shape[:2]
+        key = (batch, tokens, x.dtype, x.device, self.prompt_length)
+        if key in self._weights:
+            return self._weights[key]
         if self._mask is not None and self._mask.shape != (batch, tokens):
             raise AdapterError(
                 f"attention mask {tuple(self._mask.shape)} does not fit hidden states "
@@ -104,7 +109,9 @@ class ForwardContext:
         if self.prompt_length is not None and self.prompt_length < tokens:
             real = real.clone()
             real[:, self.prompt_length :] = 0
-        return (real / real.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)[:, None, :]
+        weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)[:, None, :]
+        self._weights[key] = weights
+        return weights
 
 
 class _Hook:

@@ -12,44 +12,33 @@ costs two large products, as one plain LoRA does. Source: FedMosaic (arXiv 2506.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedml_plugin_fedmosaic.adapters.initial import kaiming_rows, orthonormal_rows
 from fedml_plugin_fedmosaic.adapters.pq_lora.config import PQLoraConfig
 from fedml_plugin_fedmosaic.adapters.pq_lora.context import ForwardContext
-from fedml_plugin_fedmosaic.adapters.pq_lora.functional import add_product, mix_branches
-from fedml_plugin_fedmosaic.adapters.pq_lora.functional import affine as affine_rows
+from fedml_plugin_fedmosaic.adapters.pq_lora.factors import (
+    NEVER_TRAINED,
+    SLOTS,
+    Place,
+    Slot,
+    initial_values,
+)
+from fedml_plugin_fedmosaic.adapters.pq_lora.functional import add_product, affine, mix_branches
+from fedml_plugin_fedmosaic.adapters.pq_lora.merging import MergingMixin
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.core.types import Branch, Part, View
+from fedml_plugin_fedmosaic.core.types import Branch, View
 
-Slot = tuple[Branch, Part]
-
-_SLOTS: Mapping[Slot, str] = {
-    (Branch.SHARED, Part.A): "pq_lora_A",
-    (Branch.SHARED, Part.B): "pq_lora_B",
-    (Branch.SHARED, Part.GATE): "pq_lora_gate",
-    (Branch.LOCAL, Part.P): "pq_lora_P_local",
-    (Branch.LOCAL, Part.Q): "pq_lora_Q_local",
-    (Branch.GLOBAL, Part.P): "pq_lora_P_global",
-    (Branch.GLOBAL, Part.Q): "pq_lora_Q_global",
-    (Branch.LOCAL, Part.A): "pq_lora_A_local",
-    (Branch.LOCAL, Part.B): "pq_lora_B_local",
-    (Branch.GLOBAL, Part.A): "pq_lora_A_global",
-    (Branch.GLOBAL, Part.B): "pq_lora_B_global",
-}
-_NEVER_TRAINED: frozenset[Slot] = frozenset({(Branch.SHARED, Part.A), (Branch.SHARED, Part.B)})
-_SIDES = (Branch.LOCAL, Branch.GLOBAL)
 # The released noise is softplus(x . w_noise) + 1e-5 with w_noise never leaving 0.
 _NOISE_STD = math.log(2.0) + 1e-5
 
 
-class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignore]
+class PQLoraLayer(MergingMixin, nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignore]
     """A linear with PQ-LoRA or conventional dual LoRA around it.
 
     Args:
@@ -67,7 +56,7 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         trainable: branches whose trainable tensors receive gradients.
     """
 
-    adapter_layer_names = tuple(_SLOTS.values())
+    adapter_layer_names = tuple(SLOTS.values())
     other_param_names = ("pq_lora_dropout",)
 
     # PEFT carries no type information; these are its own, and the containers made below.
@@ -78,7 +67,17 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
     set_adapter: Any
     weight: Any
     _cast_input_dtype: Any
+    pq_lora_A: Any
+    pq_lora_B: Any
     pq_lora_gate: Any
+    pq_lora_P_local: Any
+    pq_lora_Q_local: Any
+    pq_lora_P_global: Any
+    pq_lora_Q_global: Any
+    pq_lora_A_local: Any
+    pq_lora_B_local: Any
+    pq_lora_A_global: Any
+    pq_lora_B_global: Any
 
     def __init__(
         self,
@@ -133,12 +132,16 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         linear: Any = self.get_base_layer()
         # Adapters train in float32 under lower base precisions, as PEFT's own do.
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        make = self._initial_pq if is_pq else self._initial_conventional
-        gate = torch.zeros(() if config.gate == "scalar" else (self.in_features,))
-        slots = {**make(config, block), (Branch.SHARED, Part.GATE): gate}
-        for slot, value in slots.items():
+        place = Place(
+            block=block,
+            layer=self.layer,
+            module=self.module,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+        for slot, value in initial_values(config, place, is_pq=is_pq).items():
             parameter = nn.Parameter(value.to(device=linear.weight.device, dtype=dtype))
-            getattr(self, _SLOTS[slot])[adapter_name] = parameter
+            getattr(self, SLOTS[slot])[adapter_name] = parameter
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.pq_lora_dropout[adapter_name] = dropout
         self.block[adapter_name] = block
@@ -147,36 +150,11 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         self.gate_noise[adapter_name] = config.gate_noise
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _initial_pq(self, config: PQLoraConfig, block: int) -> dict[Slot, Tensor]:
-        rank, seed = config.r, config.init_seed
-        check_rank(rank, self.in_features, self.out_features, f"layer {self.layer}, {self.module}")
-        values = {
-            (Branch.SHARED, Part.A): orthonormal_rows(
-                rank, self.in_features, seed, block, self.module, "A"
-            ),
-            (Branch.SHARED, Part.B): orthonormal_rows(
-                rank, self.out_features, seed, block, self.module, "B"
-            ).T.contiguous(),
-        }
-        for side in _SIDES:
-            values[side, Part.P] = torch.zeros(rank, rank)
-            values[side, Part.Q] = torch.zeros(rank)
-        return values
-
-    def _initial_conventional(self, config: PQLoraConfig, block: int) -> dict[Slot, Tensor]:
-        del block  # conventional layers are named by layer: they are shared inside one signature
-        values: dict[Slot, Tensor] = {}
-        draw = kaiming_rows(config.r, self.in_features, config.init_seed, self.layer, self.module)
-        for side in _SIDES:
-            values[side, Part.A] = draw.clone()
-            values[side, Part.B] = torch.zeros(self.out_features, config.r)
-        return values
-
     def tensors(self, adapter_name: str) -> dict[Slot, nn.Parameter]:
         """The tensors of one adapter by branch and part."""
         return {
             slot: getattr(self, attribute)[adapter_name]
-            for slot, attribute in _SLOTS.items()
+            for slot, attribute in SLOTS.items()
             if adapter_name in getattr(self, attribute)
         }
 
@@ -198,7 +176,7 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         self.trainable = frozenset(branches)
         for name in self.active_adapters:
             for slot, parameter in self.tensors(name).items():
-                parameter.requires_grad_(slot[0] in branches and slot not in _NEVER_TRAINED)
+                parameter.requires_grad_(slot[0] in branches and slot not in NEVER_TRAINED)
 
     def _freeze_non_trainable_peft_weights(
         self, adapter_names: str | Sequence[str] | None = None
@@ -210,7 +188,7 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
             adapter_names = [adapter_names]
         for name in adapter_names:
             for slot, parameter in self.tensors(name).items():
-                if slot in _NEVER_TRAINED or slot[0] not in self.trainable:
+                if slot in NEVER_TRAINED or slot[0] not in self.trainable:
                     parameter.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(
@@ -220,7 +198,7 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         target = self.weight.device if device is None else device
         for slot, parameter in self.tensors(adapter_name).items():
             if parameter.device.type != "meta":
-                getattr(self, _SLOTS[slot])[adapter_name] = parameter.to(target)
+                getattr(self, SLOTS[slot])[adapter_name] = parameter.to(target)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base linear plus the branches of the current view.
@@ -244,26 +222,31 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         return result
 
     def _add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        tensors = self.tensors(name)
-        x = self._cast_input_dtype(x, tensors[Branch.SHARED, Part.GATE].dtype)
+        # Looked up by attribute and not through tensors(): small models feel every dictionary.
+        x = self._cast_input_dtype(x, self.pq_lora_gate[name].dtype)
         weight = self._gate(name, x) if self.view is View.GATED else None
-        side = Branch.GLOBAL if self.view is View.GLOBAL else Branch.LOCAL
         x = self.pq_lora_dropout[name](x)
         scaling = self.scaling[name]
+        use_global = self.view is View.GLOBAL
         if self.is_pq[name]:
-            z = functional.linear(x, tensors[Branch.SHARED, Part.A])
-            pairs = {s: (tensors[s, Part.P], tensors[s, Part.Q]) for s in _SIDES}
+            z = functional.linear(x, self.pq_lora_A[name])
+            local = (self.pq_lora_P_local[name], self.pq_lora_Q_local[name])
+            global_ = (self.pq_lora_P_global[name], self.pq_lora_Q_global[name])
             if weight is None:
-                v = affine_rows(z, *pairs[side])
+                v = affine(z, *(global_ if use_global else local))
             else:
-                v = mix_branches(z, pairs[Branch.LOCAL], pairs[Branch.GLOBAL], weight)
-            return add_product(result, v, tensors[Branch.SHARED, Part.B], scaling)
-        if weight is None:
-            z = functional.linear(x, tensors[side, Part.A])
-            return add_product(result, z, tensors[side, Part.B], scaling)
-        for s, share in ((Branch.LOCAL, 1 - weight), (Branch.GLOBAL, weight)):
-            z = functional.linear(x, tensors[s, Part.A])
-            result = add_product(result, z * share.to(z.dtype), tensors[s, Part.B], scaling)
+                v = mix_branches(z, local, global_, weight)
+            return add_product(result, v, self.pq_lora_B[name], scaling)
+        # Two products, not one over stacked factors: the backward pass then computes gradients
+        # of the trained branch only, and no factor is copied.
+        if not use_global:
+            z = functional.linear(x, self.pq_lora_A_local[name])
+            v = z if weight is None else z * (1 - weight).to(z.dtype)
+            result = add_product(result, v, self.pq_lora_B_local[name], scaling)
+        if use_global or weight is not None:
+            z = functional.linear(x, self.pq_lora_A_global[name])
+            v = z if weight is None else z * weight.to(z.dtype)
+            result = add_product(result, v, self.pq_lora_B_global[name], scaling)
         return result
 
     def _gate(self, name: str, x: Tensor) -> Tensor:
@@ -301,140 +284,5 @@ class PQLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignor
         factor: Tensor = self.context.token_weights(x).norm(dim=2, keepdim=True)
         return factor
 
-    def mixed(self, adapter_name: str) -> dict[Part, Tensor]:
-        """A PQ layer's A, B, P, Q, or a conventional layer's A, B, of the current view.
-
-        Both conventional branches are stacked along the rank when the view is gated, with the gate
-        inside B.
-
-        Args:
-            adapter_name: PEFT name.
-
-        Returns:
-            Detached tensors, enough to write the adapter as one plain LoRA.
-
-        Raises:
-            AdapterError: the view is off, or gated with a gate that depends on the input.
-        """
-        tensors = {slot: tensor.detach() for slot, tensor in self.tensors(adapter_name).items()}
-        if self.view is View.BASE:
-            raise AdapterError("the view 'base' has no adapter", hint="choose another view")
-        gate = tensors[Branch.SHARED, Part.GATE]
-        if self.view is View.GATED and gate.ndim:
-            raise AdapterError(
-                "the input gate depends on the input, so the gated view is no fixed weight and "
-                "cannot be merged or exported",
-                hint="choose the view local or global, or train with gate: scalar",
-            )
-        side = Branch.GLOBAL if self.view is View.GLOBAL else Branch.LOCAL
-        parts = (Part.P, Part.Q) if self.is_pq[adapter_name] else (Part.A, Part.B)
-        chosen = {part: tensors[side, part] for part in parts}
-        if self.view is View.GATED:
-            weight = gate.sigmoid()
-            other = {part: tensors[Branch.GLOBAL, part] for part in parts}
-            if self.is_pq[adapter_name]:
-                chosen = {part: torch.lerp(chosen[part], other[part], weight) for part in parts}
-            else:
-                chosen = {
-                    Part.A: torch.cat([chosen[Part.A], other[Part.A]]),
-                    Part.B: torch.cat([(1 - weight) * chosen[Part.B], weight * other[Part.B]], 1),
-                }
-        if self.is_pq[adapter_name]:
-            chosen[Part.A] = tensors[Branch.SHARED, Part.A]
-            chosen[Part.B] = tensors[Branch.SHARED, Part.B]
-        return chosen
-
-    def get_delta(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
-        """The current view as a change of the base weight and bias.
-
-        Args:
-            adapter_name: PEFT name.
-
-        Returns:
-            (d_out, d_in), and (d_out,) or None, in the adapter's dtype.
-
-        Raises:
-            AdapterError: see :meth:`mixed`.
-        """
-        mixed, scaling = self.mixed(adapter_name), self.scaling[adapter_name]
-        if Part.P not in mixed:
-            return scaling * (mixed[Part.B] @ mixed[Part.A]), None
-        weight = scaling * (mixed[Part.B] @ (mixed[Part.P].t() @ mixed[Part.A]))
-        return weight, scaling * (mixed[Part.B] @ mixed[Part.Q])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the current view to the base weights; a bias is created if there is none.
-
-        Args:
-            safe_merge: check that the result is finite first.
-            adapter_names: adapters to merge; the active ones when omitted.
-
-        Raises:
-            AdapterError: see :meth:`mixed`; or the result is not finite.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        for name in names:
-            if name not in self.is_pq:
-                continue
-            if self.view is not View.BASE:
-                self._shift(*self.get_delta(name), safe=safe_merge)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Takes merged adapters out again, up to rounding."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if self.view is not View.BASE:
-                weight, bias = self.get_delta(name)
-                self._shift(-weight, None if bias is None else -bias, safe=False)
-        if self._bias_created:
-            linear: Any = self.get_base_layer()
-            linear.bias = None
-            self._bias_created = False
-
-    def _shift(self, weight: Tensor, bias: Tensor | None, *, safe: bool) -> None:
-        linear: Any = self.get_base_layer()
-        dtype = linear.weight.dtype
-        new_weight = (linear.weight.detach().to(weight.dtype) + weight).to(dtype)
-        old_bias = linear.bias
-        new_bias = bias if old_bias is None or bias is None else old_bias.detach().to(bias) + bias
-        if safe and not all(
-            torch.isfinite(tensor).all() for tensor in (new_weight, new_bias) if tensor is not None
-        ):
-            raise AdapterError(
-                f"layer {self.layer}, {self.module}: merged weights are not finite",
-                hint="the adapter is broken; nothing was merged into this layer",
-            )
-        linear.weight.data = new_weight
-        if new_bias is None:
-            return
-        if old_bias is None:
-            linear.bias = nn.Parameter(new_bias.to(dtype), requires_grad=False)
-            self._bias_created = True
-        else:
-            linear.bias.data = new_bias.to(dtype)
-
     def __repr__(self) -> str:
         return "pq_lora." + super().__repr__()
-
-
-def check_rank(rank: int, in_features: int, out_features: int, where: str) -> None:
-    """Refuses a rank that orthonormal factors cannot have.
-
-    Args:
-        rank: rank.
-        in_features: width that A's rows have.
-        out_features: width that B's columns have.
-        where: the linear, for the message.
-
-    Raises:
-        AdapterError: the rank is too large.
-    """
-    limit = min(in_features, out_features)
-    if rank > limit:
-        raise AdapterError(
-            f"rank {rank} is too large for {where}: its linear is {in_features} -> "
-            f"{out_features}, and orthonormal A and B need a rank of at most {limit}",
-            hint=f"set adapter.rank to {limit} or less, or leave {where.rpartition(' ')[2]!r} out "
-            "of adapter.target_modules",
-        )

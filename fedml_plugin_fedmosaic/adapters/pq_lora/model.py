@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fedml_plugin_fedmosaic.adapters.handle import raise_problems
 from fedml_plugin_fedmosaic.adapters.pq_lora.config import PQLoraConfig
 from fedml_plugin_fedmosaic.adapters.pq_lora.context import ForwardContext, attach
-from fedml_plugin_fedmosaic.adapters.pq_lora.layer import PQLoraLayer, check_rank
+from fedml_plugin_fedmosaic.adapters.pq_lora.factors import check_rank
+from fedml_plugin_fedmosaic.adapters.pq_lora.layer import PQLoraLayer
 from fedml_plugin_fedmosaic.adapters.pq_lora.register import PREFIX
 from fedml_plugin_fedmosaic.adapters.structure import Target, TextTower, find_text_tower
 from fedml_plugin_fedmosaic.core.errors import AdapterError
