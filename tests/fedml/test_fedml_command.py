@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.fedml
+pytestmark = [pytest.mark.fedml, pytest.mark.timeout(600)]
 
 DRIVER = """
 import json, sys
@@ -72,7 +72,7 @@ def _start(kind: str, lines: list[str]) -> subprocess.Popen[str]:
 
 
 def _finish(process: subprocess.Popen[str]) -> tuple[dict, str]:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     before, _, text = out.partition("RESULT")
     return json.loads(text), before + err
@@ -163,7 +163,7 @@ def test_the_installed_script(tmp_path):
         text=True,
         check=False,
         cwd=tmp_path,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 2
     assert "missing.yaml" in done.stderr

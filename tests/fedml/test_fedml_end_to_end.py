@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_world import write_world
 
-pytestmark = pytest.mark.fedml
+pytestmark = [pytest.mark.fedml, pytest.mark.timeout(600)]
 
 BLOCK = """
 import socket
@@ -61,7 +61,7 @@ def run(folder: Path, *command: str | Path, **more: str) -> subprocess.Completed
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=500,
     )
 
 

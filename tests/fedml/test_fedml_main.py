@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_world import write_world
 
-pytestmark = pytest.mark.fedml
+pytestmark = [pytest.mark.fedml, pytest.mark.timeout(600)]
 
 # Loaded by Python itself at start-up, before any other code, from PYTHONPATH.
 SITECUSTOMIZE = """
@@ -159,7 +159,7 @@ class Program:
         )
 
     def finish(self) -> Program:
-        self.out, self.err = self.process.communicate(timeout=280)
+        self.out, self.err = self.process.communicate(timeout=500)
         assert self.process.returncode == 0, self.err
         self.calls = json.loads((self.folder / "calls.json").read_text())
         return self
