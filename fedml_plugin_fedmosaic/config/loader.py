@@ -104,7 +104,19 @@ def dump_experiment(experiment: Experiment) -> str:
         if not values:
             continue
         tree[section] = {inner: values} if inner else values
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that keeps Unicode line breaks, which PyYAML would fold into spaces."""
+
+
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from fedml_plugin_fedmosaic.config.layout import section_types
 from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experiment
-from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment, ModelSpec
+from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment, ModelSpec, RunConfig
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 ABSOLUTE = TEXT.map(lambda name: f"/no/such/{name}")
@@ -84,6 +84,7 @@ EXPERIMENTS = st.builds(
 
 @settings(deadline=None, max_examples=60)
 @given(EXPERIMENTS)
+@example(Experiment(run=RunConfig(name="\x85", root="a\u2028b\r\n")))
 def test_load_reverses_dump(experiment: Experiment) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.yaml"
