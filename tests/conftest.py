@@ -8,9 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import fedml_plugin_fedmosaic
+
+# The same examples everywhere; "pytest --hypothesis-profile=search" looks for new ones.
+_SLOW_MACHINE = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("fixed", derandomize=True, **_SLOW_MACHINE)
+hypothesis.settings.register_profile("search", max_examples=1000, **_SLOW_MACHINE)
+hypothesis.settings.load_profile("fixed")
 
 LOCAL_HOSTS = "127.0.0.1,::1,localhost"
 ASKED_FOR = {

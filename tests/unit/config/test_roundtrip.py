@@ -82,7 +82,7 @@ EXPERIMENTS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(EXPERIMENTS)
 @example(Experiment(run=RunConfig(name="\x85", root="a\u2028b\r\n")))
 def test_load_reverses_dump(experiment: Experiment) -> None:
@@ -93,7 +93,7 @@ def test_load_reverses_dump(experiment: Experiment) -> None:
 
 
 @given(EXPERIMENTS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_fedml_can_read_a_dump(experiment: Experiment) -> None:
     # FedML reads with safe_load and flattens the sections into one namespace.
     tree = yaml.safe_load(dump_experiment(experiment))
