@@ -17,7 +17,7 @@ from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experimen
 from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment, ModelSpec, RunConfig
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
-ABSOLUTE = TEXT.map(lambda name: f"/no/such/{name}")
+ABSOLUTE = TEXT.map(lambda name: str(Path(f"/no/such/{name}")))  # no "//", no final "/"
 
 
 def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
