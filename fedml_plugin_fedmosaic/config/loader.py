@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter
 
 from fedml_plugin_fedmosaic.config.fedml_keys import IGNORED, REFUSED, REPLACED
@@ -26,7 +25,13 @@ from fedml_plugin_fedmosaic.config.layout import (
 from fedml_plugin_fedmosaic.config.messages import nearest, shown, unknown, validate
 from fedml_plugin_fedmosaic.config.overrides import apply_overrides
 from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment
-from fedml_plugin_fedmosaic.config.yamlfile import Document, KeyPath, as_mapping, read_document
+from fedml_plugin_fedmosaic.config.yamlfile import (
+    Document,
+    KeyPath,
+    as_mapping,
+    read_document,
+    to_yaml,
+)
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.registry import ADAPTERS, DATASETS, STRATEGIES
 
@@ -104,19 +109,7 @@ def dump_experiment(experiment: Experiment) -> str:
         if not values:
             continue
         tree[section] = {inner: values} if inner else values
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that keeps Unicode line breaks, which PyYAML would fold into spaces."""
-
-
-def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
-    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
+    return to_yaml(tree)
 
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,20 +99,47 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"),
-    list("-+0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+"
-        r"|[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+_NUMBERS = (
+    # tag, pattern, first characters
+    (
+        "tag:yaml.org,2002:int",
+        re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"),
+        list("-+0123456789"),
     ),
-    list("-+.0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+"
+            r"|[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+.0123456789"),
+    ),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what either YAML takes for a number, and keeps odd line breaks."""
+
+
+for _number in _NUMBERS:
+    _Loader.add_implicit_resolver(*_number)
+    _Dumper.add_implicit_resolver(*_number)
+
+
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    # Outside double quotes PyYAML folds these line breaks into spaces.
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Plain data as YAML that this module, and YAML 1.1 readers like FedML's, read back."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
 
 _SCALARS = {
     "tag:yaml.org,2002:null": _Loader.construct_yaml_null,

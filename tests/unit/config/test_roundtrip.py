@@ -14,7 +14,13 @@ from pydantic import TypeAdapter
 
 from fedml_plugin_fedmosaic.config.layout import section_types
 from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experiment
-from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment, ModelSpec, RunConfig
+from fedml_plugin_fedmosaic.config.sections import (
+    SECTION_OF,
+    CommonArgs,
+    Experiment,
+    ModelSpec,
+    RunConfig,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 ABSOLUTE = TEXT.map(lambda name: str(Path(f"/no/such/{name}")))  # no "//", no final "/"
@@ -85,6 +91,9 @@ EXPERIMENTS = st.builds(
 @settings(max_examples=60)
 @given(EXPERIMENTS)
 @example(Experiment(run=RunConfig(name="\x85", root="a\u2028b\r\n")))
+@example(
+    Experiment(run=RunConfig(name="2e-5", root="0x1f"), common=CommonArgs(config_version="08"))
+)
 def test_load_reverses_dump(experiment: Experiment) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.yaml"
