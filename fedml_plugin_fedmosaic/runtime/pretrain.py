@@ -26,7 +26,7 @@ from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.quickstart.build import (
     ensure_built,
-    test_samples,
+    evaluation_samples,
     to_sample,
     write_images,
 )
@@ -210,7 +210,7 @@ def base_scores(bundle: ModelBundle) -> dict[str, float]:
     config = EvalConfig(mode="likelihood")
     scores = {}
     for task in TASKS:
-        samples = test_samples(root, task)
+        samples = evaluation_samples(root, task)
         score = score_task(
             bundle.model, bundle.processor, samples, task.spec, config, share_prompt=True
         )

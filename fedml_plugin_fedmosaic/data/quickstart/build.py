@@ -1,11 +1,12 @@
 """Writes the quickstart as a folder in the published DRAKE layout.
 
-The folder is a pure function of the package: its name holds the version, it is written under a
-temporary name and renamed, and a second process that comes too late discards its own copy.
+The folder is a pure function of the package: its name says so, it is written under a temporary
+name and renamed, and a second process that comes too late discards its own copy.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -23,8 +24,8 @@ from fedml_plugin_fedmosaic.data.quickstart.tasks import TASKS, UNSEEN, Question
 
 LOG = logging.getLogger(__name__)
 
-VERSION = "1"
-"""Version of the content; any change of rows or images changes it."""
+VERSION = "2"
+"""Version of the content; raise it with any change of tasks, rows or images."""
 
 TRAIN_ROWS = 60
 """Training rows of one client in one task."""
@@ -36,21 +37,19 @@ SCENARIO = "quickstart"
 _SEED = 0
 
 
-def scenario_json(name: str = SCENARIO) -> list[dict[str, Any]]:
-    """A bundled scenario.
-
-    Raises:
-        DataError: no scenario of that name is bundled.
-    """
-    folder = resources.files("fedml_plugin_fedmosaic") / "assets" / "scenarios"
-    resource = folder / f"{name}.json"
-    if not resource.is_file():
-        known = sorted(item.name.removesuffix(".json") for item in folder.iterdir())
-        raise DataError(
-            f"the quickstart has no scenario {name!r}", hint=f"known scenarios: {', '.join(known)}"
-        )
-    scenario: list[dict[str, Any]] = json.loads(resource.read_text(encoding="utf-8"))
+def scenario_json() -> list[dict[str, Any]]:
+    """The bundled scenario, in the published format."""
+    assets = resources.files("fedml_plugin_fedmosaic") / "assets" / "scenarios"
+    text = (assets / f"{SCENARIO}.json").read_text(encoding="utf-8")
+    scenario: list[dict[str, Any]] = json.loads(text)
     return scenario
+
+
+def _folder_name() -> str:
+    """Names the content: another version, scenario or size is another folder."""
+    content = json.dumps([VERSION, TRAIN_ROWS, TEST_ROWS, scenario_json()])
+    digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+    return f"quickstart-v{VERSION}-{digest}"
 
 
 def holders(scenario: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -117,7 +116,7 @@ def _write_split(
     target.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def test_samples(root: Path, task: QuickTask) -> tuple[Sample, ...]:
+def evaluation_samples(root: Path, task: QuickTask) -> tuple[Sample, ...]:
     """The test set of a task, seen or unseen, in a folder of :func:`ensure_built`."""
     rows = task.questions("test", TEST_ROWS, _SEED)
     return tuple(
@@ -159,7 +158,7 @@ def ensure_built(cache: Path | None = None) -> Path:
         DataError: the folder cannot be written.
     """
     parent = cache or cache_dir()
-    folder = parent / f"quickstart-v{VERSION}"
+    folder = parent / _folder_name()
     if folder.is_dir():
         return folder
     LOG.info("building the quickstart data in %s (once, a few seconds)", folder)
