@@ -20,10 +20,10 @@ def case(request, tmp_path_factory):
     """A model whose answers differ between samples, and samples of different lengths."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "llava":
-        save_llava(folder / "model", "llama", seed=3)
+        save_llava(folder / "model", "llama", seed=6)
         samples = image_samples(folder, 7)
     else:
-        save_text_model(folder / "model", request.param, seed=3)
+        save_text_model(folder / "model", request.param, seed=6)
         samples = text_samples(7)
     bundle = load_model("tiny", ModelSpec(path=str(folder / "model")), CPU)
     return bundle, samples
