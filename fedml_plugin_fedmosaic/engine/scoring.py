@@ -88,11 +88,9 @@ def _ranked_accuracy(
     share_prompt: bool,
 ) -> float:
     # The gold answer only decides whether quotes belong to the choices.
-    offered = {
-        index: choices
-        for index, sample in enumerate(samples)
-        if (choices := parse_choices(sample.prompt, sample.answer))
-    }
+    parsed = (parse_choices(sample.prompt, sample.answer) for sample in samples)
+    named = (tuple(choice for choice in choices if choice.strip()) for choices in parsed)
+    offered = {index: choices for index, choices in enumerate(named) if choices}
     best = rank_choices(
         model,
         processor,

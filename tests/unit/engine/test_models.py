@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.engine.models import load_model, size_label
-from fedml_plugin_fedmosaic.engine.processor import PixelSource, pad_to_square
+from fedml_plugin_fedmosaic.engine.processor import FeatureSource, PixelSource, pad_to_square
 
 CPU = torch.device("cpu")
 
@@ -233,3 +234,32 @@ def test_a_model_is_loaded_without_touching_the_global_generator(tmp_path):
     bundle = load(folder)
     assert torch.equal(torch.rand(1), expected)
     assert isinstance(bundle.final_norm, nn.Module)
+
+
+def test_features_are_extracted_once_for_all_images_of_a_round(tmp_path):
+    calls = []
+
+    def extract(paths):
+        calls.append(list(paths))
+        return torch.stack([torch.full((1, 2), float(path.stem)) for path in paths])
+
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    source = FeatureSource(extract)
+    source.prefetch([paths[2], paths[0], paths[2]])
+    assert source.load([paths[0], paths[2], paths[0]])[:, 0, 0].tolist() == [0.0, 2.0, 0.0]
+    assert source.load([paths[3], paths[0]])[:, 0, 0].tolist() == [3.0, 0.0]
+    assert calls == [[paths[2], paths[0]], [paths[3]]]
+
+
+def test_a_broken_image_is_named_when_features_are_prefetched(llava, tmp_path):
+    samples = image_samples(tmp_path, 3)
+
+    def extract(paths):
+        if samples[1].images[0] in paths:
+            raise DataError("image broken.png does not decode", hint="replace it")
+        return torch.zeros(len(paths), 1, 2)
+
+    processor = copy(llava.processor)
+    processor._images = FeatureSource(extract)
+    with pytest.raises(DataError, match="sample '1' of task 'colours-0': image broken"):
+        processor.prefetch(samples)

@@ -327,3 +327,50 @@ def test_a_sketch_of_a_model_that_trains_is_the_base_models(bundle, name):
     actual = SketchEngine(bundle, SketchConfig(), 0).gradient(samples)
     torch.testing.assert_close(actual, expected)
     assert engine.evaluate(result.adapter, View.LOCAL, samples, TASK) == before
+
+
+def test_the_input_gate_trains_and_answers_alike_in_any_batch(bundle):
+    config = replace(ADAPTER, gate="input")
+    samples = text_samples(6)
+    task = replace(TASK, kind="open-ended")
+    scores = []
+    for size in (1, 6):
+        engine = make(bundle, "pq_lora", adapter=config, batch_size=size)
+        result = engine.fit(PASSES["pq_lora"], engine.initial_adapter(), batches_of(), seed=0)
+        score = engine.evaluate(result.adapter, View.GATED, samples, task)
+        scores.append(score.value)
+        engine.close()
+    assert scores[0] == scores[1]
+    ranking = make(bundle, "pq_lora", adapter=config, mode="likelihood")
+    cat = [replace(sample, turns=(sample.prompt, "cat")) for sample in samples]
+    pass_ = replace(PASSES["pq_lora"], num_steps=30)
+    trained = ranking.fit(pass_, ranking.initial_adapter(), [cat] * 30, seed=0).adapter
+    assert ranking.evaluate(trained, View.GATED, cat, TASK).value == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapters_stay_float32_over_a_base_of_lower_precision(folder, name, dtype):
+    bundle = load_model("tiny", ModelSpec(path=str(folder), dtype=dtype), CPU)
+    engine = make(bundle, name)
+    result = engine.fit(PASSES[name], engine.initial_adapter(), batches_of(), seed=0)
+    assert result.losses[-1] < result.losses[0]
+    assert all(tensor.dtype == torch.float32 for tensor in result.adapter.values())
+    assert 0 <= engine.evaluate(result.adapter, View.LOCAL, text_samples(4), TASK).value <= 1
+    assert SketchEngine(bundle, SketchConfig(), 0).gradient(text_samples(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("broken", [{"rank": 33}, {"num_blocks": 5}, {"target_modules": ("qkv",)}])
+def test_an_adapter_that_does_not_fit_leaves_the_bundle_usable(bundle, broken):
+    with pytest.raises(AdapterError):
+        make(bundle, "pq_lora", adapter=replace(ADAPTER, **broken))
+    assert bundle.adapter is None
+    make(bundle, "pq_lora").close()
+
+
+def test_a_prompt_without_choices_is_wrong_and_an_empty_choice_is_none(bundle):
+    (sample,) = text_samples(1)
+    engine = make(bundle, "lora", mode="likelihood")
+    none = replace(sample, turns=("what is this ?", "cat"))
+    assert engine.evaluate(None, View.BASE, [none], TASK).value == 0.0
+    trailing = replace(sample, turns=("what is this ? Choice list:[cat, ].", "cat"))
+    assert engine.evaluate(None, View.BASE, [trailing], TASK).value == 1.0
