@@ -58,7 +58,7 @@ def command(
     from fedml_plugin_fedmosaic.core.errors import ConfigError
     from fedml_plugin_fedmosaic.report.comparison import write_comparison
     from fedml_plugin_fedmosaic.report.html import write_report
-    from fedml_plugin_fedmosaic.report.tables import compare_rows
+    from fedml_plugin_fedmosaic.report.tables import compare_rows, write_summary
 
     names = list(dict.fromkeys(part.strip() for part in strategies.split(",") if part.strip()))
     if not names:
@@ -75,6 +75,7 @@ def command(
         click.echo(f"seed {seed} -> {folder}")
         common = replace(experiment.common, random_seed=seed)
         train(replace(experiment, common=common), folder)
+        write_summary(folder)
         write_report(folder)
-    print_table(compare_rows(folders))
+    print_table(compare_rows(folders).transposed())
     click.echo(f"report   {write_comparison(folders, root / 'comparison.html')}")

@@ -226,9 +226,10 @@ def _conclude(summary: RunSummary) -> None:
     from fedml_plugin_fedmosaic.cli.tables import print_table
     from fedml_plugin_fedmosaic.report.html import write_report
     from fedml_plugin_fedmosaic.report.numbers import seconds
-    from fedml_plugin_fedmosaic.report.tables import summary_rows
+    from fedml_plugin_fedmosaic.report.tables import summary_rows, write_summary
 
     print_table(summary_rows(summary.run_dir))
+    write_summary(summary.run_dir)
     report = write_report(summary.run_dir)
     click.echo(
         f"training {seconds(summary.train_s)}, in all {seconds(summary.duration_s)}\n"

@@ -56,7 +56,7 @@ class AdapterKey:
     """Where an adapter tensor sits: typed, so that names are parsed in one place only.
 
     Attributes:
-        block: 0-based block of the layer (spec A.1.1).
+        block: 0-based block of the layer.
         layer: 0-based decoder layer.
         module: short name of the linear, e.g. ``q_proj``.
         branch: local, global or shared.

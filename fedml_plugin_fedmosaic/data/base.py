@@ -15,7 +15,7 @@ AnswerKind = Literal["multi-choice", "open-ended"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec:
-    """One task (a data set's subset) as a scenario file names it (spec A.4.7)."""
+    """One task (a data set's subset) as a scenario file names it."""
 
     dataset: str
     subset_id: int
@@ -30,7 +30,7 @@ class TaskSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One question, with its images and answer (spec A.4.6).
+    """One question, with its images and answer.
 
     Attributes:
         sample_id: unique inside its task and split.

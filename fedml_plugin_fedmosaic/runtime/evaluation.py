@@ -26,6 +26,11 @@ def _test_samples(
     return samples if final or limit is None else samples[:limit]
 
 
+def _scored(data: FederatedData, tasks: Sequence[str]) -> list[str]:
+    """The tasks that have a test set; time slots without data have none."""
+    return [task for task in tasks if task in data.tasks]
+
+
 def _scope(task: str, own: Sequence[str]) -> Literal["self", "others"]:
     return "self" if task in own else "others"
 
@@ -43,7 +48,7 @@ def evaluate_base(
     wanted = {
         (client.model_id, task)
         for client in clients
-        for task in (data.tasks if others else [own.name for own in client.tasks])
+        for task in (data.tasks if others else _scored(data, [own.name for own in client.tasks]))
     }
     scores: dict[tuple[str, str], Score] = {}
     for model in sorted({model for model, _ in wanted}):
@@ -67,7 +72,7 @@ def evaluate_base(
             engine.close()
     for client in clients:
         own = [task.name for task in client.tasks]
-        for task in data.tasks if others else own:
+        for task in data.tasks if others else _scored(data, own):
             score = scores[client.model_id, task]
             sink(
                 Evaluated(
@@ -105,7 +110,7 @@ def evaluate_clients(
         views += [view for view in experiment.evaluation.views if view not in views]
     jobs: list[tuple[ClientRunner, str, str]] = []
     for client in clients.values():
-        own = list(client.manifest.tasks)
+        own = _scored(data, client.manifest.tasks)
         tasks = list(data.tasks) if final and experiment.evaluation.others else own
         jobs += [(client, view, task) for view in views for task in tasks]
     for done, (client, view, task) in enumerate(jobs, start=1):

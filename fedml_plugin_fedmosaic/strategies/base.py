@@ -65,7 +65,7 @@ class Strategy(Protocol):
         name: registry name.
         adapter: registry name of the adapter it trains.
         needs_sketch: whether headers must carry a sketch.
-        relative_steps: local steps of one round relative to SFT's at equal compute (spec A.4.4).
+        relative_steps: local steps of one round relative to SFT's at equal compute.
         eval_view: the view of a client's model that is reported.
         Options: frozen pydantic dataclass of the strategy's own options; ``strategy_args``.
     """

@@ -20,6 +20,7 @@ from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
 from fedml_plugin_fedmosaic.integrations.fedml.args import experiment_from_args
 from fedml_plugin_fedmosaic.integrations.fedml.privacy import make_hooks
 from fedml_plugin_fedmosaic.report.html import write_report
+from fedml_plugin_fedmosaic.report.tables import write_summary
 from fedml_plugin_fedmosaic.runtime.federation import RunSummary, prepare_run
 
 LOG = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Runner:
         with self._guarded(), _visible_log():
             self.summary = self._prepared.execute()
             if self._comm.rank == 0:
+                write_summary(self.summary.run_dir)
                 LOG.info("report: %s", write_report(self.summary.run_dir))
 
     train = run
