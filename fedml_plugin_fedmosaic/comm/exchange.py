@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def _check_row(channel: str, row: MixRow, catalogue: Catalogue) -> None:
             f"{where}: {len(row.sources)} sources and {len(row.weights)} weights; expected as "
             "many weights as sources, and at least one"
         )
-    if any(first >= second for first, second in zip(row.sources, row.sources[1:], strict=False)):
+    if any(first >= second for first, second in pairwise(row.sources)):
         raise PlanError(f"{where}: sources {row.sources} are not in ascending order")
     if not all(math.isfinite(weight) for weight in row.weights):
         raise PlanError(f"{where}: weights are not finite: {row.weights}")

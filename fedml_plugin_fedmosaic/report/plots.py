@@ -318,7 +318,7 @@ def small_multiples(
         figure = _figure(1.45 * per_row + 0.7, 1.6 * lines)
         grid = figure.subplots(lines, per_row, squeeze=False).ravel().tolist()
         image = None
-        for axes, (title, cells) in zip(grid, matrices.items(), strict=False):
+        for axes, (title, cells) in zip(grid[:count], matrices.items(), strict=True):
             image = _image(axes, cells, norm, aspect=1.0)
             axes.set_title(title, fontsize=9)
             axes.set_xticks([])

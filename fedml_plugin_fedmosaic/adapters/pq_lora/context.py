@@ -127,7 +127,7 @@ class BeforeForward(_Hook):
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See ``torch.nn.Module.register_forward_pre_hook``."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
         self.context.begin(given.get("attention_mask"), given.get("past_key_values"))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -142,7 +143,7 @@ def _split(pool: PoolName) -> Mapping[Audience, tuple[ImageRef, ...]]:
     for label, refs in sorted(by_label.items()):
         python_random(0, "quickstart images", pool, label).shuffle(refs)
         cuts = [0, round(first * len(refs)), round((first + second) * len(refs)), len(refs)]
-        for audience, start, stop in zip(AUDIENCES, cuts, cuts[1:], strict=False):
+        for audience, (start, stop) in zip(AUDIENCES, pairwise(cuts), strict=True):
             parts[audience] += refs[start:stop]
     return {audience: tuple(sorted(refs)) for audience, refs in parts.items()}
 
