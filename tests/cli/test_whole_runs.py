@@ -98,13 +98,12 @@ def test_compare_runs_every_strategy_with_every_seed(cf: str, tmp_path: Path) ->
     arguments = ["compare", "--cf", cf, "--strategies", "local,fedmosaic", "--seeds", "2"]
     result = invoke(*arguments, "--run-dir", "cmp", "--set", "comm_round=1")
     assert result.exit_code == 0, result.stderr
-    table = result.stdout.rpartition("seed 2")[2]
-    cells = [line.split() for line in table.splitlines() if line.startswith(" ")]
-    runs = {row[0]: row[1] for row in cells if len(row) > 2}
-    assert {name: runs.get(name) for name in ("local", "fedmosaic")} == {
-        "local": "2",
-        "fedmosaic": "2",
-    }
+    cells = [line.split() for line in result.stdout.splitlines() if line.startswith(" ")]
+    columns = next(row[1:] for row in cells if row[:1] == ["strategy"])
+    counts = next(row[1:] for row in cells if row[:1] == ["runs"])
+    assert {"local": "2", "fedmosaic": "2"}.items() <= dict(
+        zip(columns, counts, strict=True)
+    ).items()
     seeds = [
         json.loads((tmp_path / f"cmp/seed-{seed}/environment.json").read_text())["seed"]
         for seed in (1, 2)
