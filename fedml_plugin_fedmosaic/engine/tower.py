@@ -151,6 +151,7 @@ def load_tower() -> EfficientNetLite0:
         folder = resources.files(package) / "models"
         (weights,) = [item for item in folder.iterdir() if item.name.endswith(".pth")]
         with resources.as_file(weights) as path:
+            # The package ships a .pth file only; weights_only reads tensors and nothing else.
             state = torch.load(path, map_location="cpu", weights_only=True)
         tower = EfficientNetLite0()
         tower.load_state_dict(state)
