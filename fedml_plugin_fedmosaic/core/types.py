@@ -259,3 +259,22 @@ class ClientContext:
     num_rounds: int
     num_steps: int
     seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessWorld:
+    """The ranks that train one client together, as an engine needs to know them.
+
+    Attributes:
+        rank: this process inside the rank group, 0-based.
+        size: ranks of the group.
+        local_rank: this process among the group's ranks on its node, 0-based.
+        address: host name or address of the group's rank 0.
+        port: free TCP port there, for the rendezvous.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
