@@ -234,6 +234,30 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class FaultsConfig:
+    """``faults_args: {faults: ...}``: what happens when a client does not deliver."""
+
+    policy: Literal["abort", "drop"] = "abort"
+    """``abort``: the run ends. ``drop``: the client is left out of the round and goes on later."""
+    quorum: Fraction | None = None
+    """Smallest share of a cohort that must deliver; one client when omitted. Needs ``drop``."""
+    max_failed_rounds: PositiveInt = 3
+    """Rounds in a row that may miss the quorum before the run ends."""
+    round_deadline_s: PositiveFloat | None = None
+    """Seconds after which clients of a round that are not done have failed; never when omitted."""
+    staleness_limit: NonNegativeInt | None = None
+    """Rounds after which a client's last update is no longer mixed; never when omitted."""
+    max_update_norm: PositiveFloat | None = None
+    """L2 norm over all tensors of an update above which it is refused; no limit when omitted."""
+    max_norm_growth: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Refuse an update whose norm is over so many times that of the client's last one."""
+
+    def __post_init__(self) -> None:
+        if self.quorum is not None and self.policy == "abort":
+            raise ValueError("quorum needs policy: drop; with abort the first failure ends the run")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
     """``run_args: {run: ...}``: where results go."""
 
@@ -287,6 +311,7 @@ class Experiment:
     strategy: Mapping[str, Any] = Field(default_factory=dict)
     """Options of the strategy, checked against the strategy's own ``Options``."""
     evaluation: EvalConfig = Field(default_factory=EvalConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
     @property
@@ -310,5 +335,6 @@ SECTION_OF: Mapping[str, tuple[str, str | None]] = {
     "sketch": ("sketch_args", "sketch"),
     "strategy": ("strategy_args", "strategy"),
     "evaluation": ("eval_args", "evaluation"),
+    "faults": ("faults_args", "faults"),
     "run": ("run_args", "run"),
 }

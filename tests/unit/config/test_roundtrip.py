@@ -72,6 +72,7 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "alignment": st.none() | st.just("bundled") | ABSOLUTE,
     },
     "sketch": {"proxy": st.none()},
+    "faults": {"policy": st.just("drop")},  # a quorum needs it
     "evaluation": {"compare": st.lists(st.sampled_from(["local", "fedavg"])).map(tuple)},
 }
 EXPERIMENTS = st.builds(
