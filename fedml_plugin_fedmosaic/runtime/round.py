@@ -11,22 +11,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.config.sections import Experiment
-from fedml_plugin_fedmosaic.core.errors import ClientFailure, ConfigError, FedMosaicError
+from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.events import (
-    ClientTrained,
     EventSink,
     PlanMade,
     RoundFinished,
     RoundStarted,
     RunStarted,
-    StepsDone,
 )
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
-from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.core.types import SharedTensors, UpdateHeader
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner, EnginePool, build_clients
+from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
 from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, to_rows
@@ -141,6 +140,7 @@ class StrategyRun:
                 run_dir=str(self.run_dir),
             )
         )
+        trainer = CohortTrainer(self.name, self.sink, self.hooks, sketcher)
         mine = {client_id: clients[client_id] for client_id in sorted(owned)}
         downlinks: dict[int, SharedTensors] = {}
         uploads: dict[int, SharedTensors] = {}
@@ -150,7 +150,7 @@ class StrategyRun:
             self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
             trained = [client_id for client_id in cohort if client_id in owned]
             state, received = self._round(
-                round_idx, {i: mine[i] for i in trained}, state, downlinks, uploads, sketcher
+                round_idx, {i: mine[i] for i in trained}, state, downlinks, uploads, trainer
             )
             downlinks.update(received)
             self._report_round(round_idx, time.perf_counter() - began)
@@ -164,13 +164,9 @@ class StrategyRun:
         state: ServerState,
         downlinks: Mapping[int, SharedTensors],
         uploads: dict[int, SharedTensors],
-        sketcher: SketchEngine | None,
+        trainer: CohortTrainer,
     ) -> tuple[ServerState, dict[int, SharedTensors]]:
-        updates: dict[int, ClientUpdate] = {}
-        for client_id, client in cohort.items():
-            updates[client_id] = self._train(
-                client, round_idx, downlinks.get(client_id, {}), sketcher
-            )
+        updates = trainer.train(round_idx, cohort, downlinks)
         accepted = self.hooks.before_aggregation(updates)
         for client_id, update in accepted.items():
             uploads[client_id] = update.tensors
@@ -187,60 +183,6 @@ class StrategyRun:
         )
         received: dict[int, Any] = dict(self.comm.execute(plan, uploads))
         return state, dict(self.hooks.after_aggregation(received))
-
-    def _train(
-        self,
-        client: ClientRunner,
-        round_idx: int,
-        downlink: SharedTensors,
-        sketcher: SketchEngine | None,
-    ) -> ClientUpdate:
-        client_id = client.manifest.client_id
-
-        def on_step(done: int, total: int) -> None:
-            self.sink(
-                StepsDone(
-                    strategy=self.name,
-                    round_idx=round_idx,
-                    client_id=client_id,
-                    steps=done,
-                    total=total,
-                )
-            )
-
-        stage = "prepare"
-        try:
-            downlink = self.hooks.before_local_training(client_id, downlink)
-            passes = client.prepare(downlink, round_idx)
-            stage = "fit"
-            for pass_ in passes:
-                result = client.fit(pass_, round_idx, on_step)
-                self.sink(
-                    ClientTrained(
-                        strategy=self.name,
-                        round_idx=round_idx,
-                        client_id=client_id,
-                        pass_name=pass_.name,
-                        num_steps=len(result.losses),
-                        num_examples=result.num_examples,
-                        num_tokens=result.num_tokens,
-                        mean_loss=sum(result.losses) / max(len(result.losses), 1),
-                        duration_s=result.duration_s,
-                    )
-                )
-            stage = "sketch"
-            if sketcher is not None:
-                client.sketch(sketcher, round_idx)
-            stage = "finish"
-            update = client.finish(round_idx)
-            return self.hooks.after_local_training(update)
-        except FedMosaicError as error:
-            error.add_note(f"client {client_id}, round {round_idx + 1}, {stage}")
-            raise
-        except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
-            raise ClientFailure(
-                client_id, round_idx, stage, f"{type(error).__name__}: {error}"
-            ) from error
 
     def _report_round(self, round_idx: int, duration_s: float) -> None:
         self.train_s += duration_s
