@@ -73,7 +73,7 @@ class ClientFailure(FedMosaicError):
     Args:
         client_id: the client that failed.
         round_idx: 0-based round.
-        stage: "prepare", "fit", "sketch", "finish" or "evaluate".
+        stage: "prepare", "fit", "sketch", "finish", "update", "deadline" or "evaluate".
         message: what went wrong.
     """
 
@@ -84,6 +84,12 @@ class ClientFailure(FedMosaicError):
         self.client_id = client_id
         self.round_idx = round_idx
         self.stage = stage
+
+
+class QuorumError(FedMosaicError):
+    """Too few clients delivered an update, several rounds in a row."""
+
+    exit_code = 4
 
 
 class CommError(FedMosaicError):

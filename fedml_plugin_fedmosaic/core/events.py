@@ -60,6 +60,30 @@ class ClientTrained(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClientDropped(Event):
+    """A client of the cohort did not deliver; it goes on from its state before the round.
+
+    ``stage`` is where it failed: "prepare", "fit", "sketch", "finish", "update" (what it sent was
+    refused) or "deadline".
+    """
+
+    round_idx: int
+    client_id: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSkipped(Event):
+    """Too few clients delivered: nothing was mixed, everyone keeps its last downlink."""
+
+    round_idx: int
+    delivered: int
+    needed: int
+    cohort_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanMade(Event):
     """Relevance and mixing weights, receivers as rows; None where unknown."""
 
