@@ -123,6 +123,8 @@ class ModelSpec:
     """Dtype of the frozen base weights; adapters are float32."""
     size: str | None = None
     """Label for tables, e.g. ``1B``; counted from the parameters when omitted."""
+    ranks: PositiveInt = 1
+    """MPI ranks that train a client of this model together."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
