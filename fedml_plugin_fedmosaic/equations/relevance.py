@@ -8,13 +8,20 @@ of its relevance to everybody else.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
 
+Similarity = Literal["columns", "flat"]
+"""``columns``: see :func:`column_similarity`; ``flat``: see :func:`flat_similarity`."""
+
 _NORM_FLOOR = 1e-12
+_MAX_SEGMENTS = 64
+_SEGMENT_ELEMENTS = 1 << 12
+_SEGMENT_STEP = 16
 _TILE_CLIENTS = 32
 _BLOCK_ELEMENTS = 1 << 20
 """Entries of all clients' column blocks together: third-level cache."""
@@ -43,8 +50,7 @@ def column_similarity(sketches: Sequence[Tensor], block_columns: int | None = No
     Raises:
         PlanError: no sketch, different shapes, or a value that is not finite.
     """
-    columns = _check_sketches(sketches)[1]
-    return _finish(_gram(sketches, block_columns, normalise=True) / columns)
+    return _similarity(sketches, "columns", block_columns)
 
 
 def flat_similarity(sketches: Sequence[Tensor], block_columns: int | None = None) -> Tensor:
@@ -62,10 +68,80 @@ def flat_similarity(sketches: Sequence[Tensor], block_columns: int | None = None
     Raises:
         PlanError: see :func:`column_similarity`.
     """
-    _check_sketches(sketches)
-    gram = _gram(sketches, block_columns, normalise=False)
-    norms = gram.diagonal().sqrt().clamp_min(_NORM_FLOOR)
-    return _finish(gram / torch.outer(norms, norms))
+    return _similarity(sketches, "flat", block_columns)
+
+
+def column_segments(rows: int, columns: int) -> tuple[slice, ...]:
+    """The column ranges whose inner products are summed one after the other.
+
+    They depend on the shape of a sketch only, so the sum has the same bits whoever computes which
+    segment: at most 64, none below 4,096 entries (except the last), bounds at multiples of 16.
+    """
+    width = max(-(-columns // _MAX_SEGMENTS), -(-_SEGMENT_ELEMENTS // rows))
+    width = -(-width // _SEGMENT_STEP) * _SEGMENT_STEP
+    return tuple(slice(at, min(at + width, columns)) for at in range(0, columns, width))
+
+
+def segment_products(
+    pieces: Sequence[Tensor],
+    kind: Similarity,
+    *,
+    fresh: Collection[int] | None = None,
+    block_columns: int | None = None,
+) -> Tensor:
+    """One segment's part of the similarities, before :func:`finish_similarity`.
+
+    A client's entries depend on the pieces of the two clients, on their positions and on the
+    number of pieces; not on the values of other pieces. So a piece that is not at hand may be
+    replaced by zeros: entries between the others keep their bits.
+
+    Args:
+        pieces: the segment's columns of all M sketches, (rows, width) each.
+        kind: which similarity.
+        fresh: positions whose rows and columns are wanted; all when omitted. Other entries are
+            undefined, except the diagonal.
+        block_columns: see :func:`column_similarity`.
+
+    Returns:
+        (M, M) float64 on the CPU; the entries (i, j), j >= i, are valid.
+
+    Raises:
+        PlanError: see :func:`column_similarity`.
+    """
+    _check_sketches(pieces)
+    wanted = None if fresh is None else frozenset(fresh)
+    return _gram(pieces, block_columns, normalise=kind == "columns", wanted=wanted)
+
+
+def finish_similarity(total: Tensor, kind: Similarity, columns: int) -> Tensor:
+    """Similarities from the sum of all segments' products, added in ascending order.
+
+    Args:
+        total: (M, M) float64 sum of :func:`segment_products` over :func:`column_segments`.
+        kind: which similarity.
+        columns: columns of a whole sketch.
+
+    Returns:
+        (M, M) float64, exactly symmetric; undefined where ``total`` is.
+
+    Raises:
+        PlanError: a diagonal entry is not finite: that sketch holds NaN or infinity.
+    """
+    if kind == "columns":
+        return _finish(total / columns)
+    norms = total.diagonal().sqrt().clamp_min(_NORM_FLOOR)
+    return _finish(total / torch.outer(norms, norms))
+
+
+def _similarity(
+    sketches: Sequence[Tensor], kind: Similarity, block_columns: int | None = None
+) -> Tensor:
+    rows, columns = _check_sketches(sketches)
+    total = torch.zeros(len(sketches), len(sketches), dtype=torch.float64)
+    for segment in column_segments(rows, columns):
+        pieces = [sketch[:, segment] for sketch in sketches]
+        total += segment_products(pieces, kind, block_columns=block_columns)
+    return finish_similarity(total, kind, columns)
 
 
 def _check_sketches(sketches: Sequence[Tensor]) -> tuple[int, int]:
@@ -81,7 +157,13 @@ def _check_sketches(sketches: Sequence[Tensor]) -> tuple[int, int]:
     return first.shape[0], first.shape[1]
 
 
-def _gram(sketches: Sequence[Tensor], block_columns: int | None, *, normalise: bool) -> Tensor:
+def _gram(
+    sketches: Sequence[Tensor],
+    block_columns: int | None,
+    *,
+    normalise: bool,
+    wanted: frozenset[int] | None,
+) -> Tensor:
     """Upper triangle (in tiles) of the inner products of the flattened sketches."""
     count, (rows, columns) = len(sketches), _check_sketches(sketches)
     if block_columns is None:
@@ -93,6 +175,13 @@ def _gram(sketches: Sequence[Tensor], block_columns: int | None, *, normalise: b
     storage = torch.empty(count * rows * width, dtype=dtype, device=device)
     gram = torch.zeros(count, count, dtype=torch.float64)
     tiles = [slice(at, min(at + _TILE_CLIENTS, count)) for at in range(0, count, _TILE_CLIENTS)]
+    used = [wanted is None or any(tile.start <= i < tile.stop for i in wanted) for tile in tiles]
+    pairs = [
+        (tiles[upper], tiles[lower])
+        for upper in range(len(tiles))
+        for lower in range(upper, len(tiles))
+        if upper == lower or used[upper] or used[lower]
+    ]
     for start in range(0, columns, width):
         size = min(width, columns - start)
         block = storage[: count * rows * size].view(count, rows, size)
@@ -100,9 +189,8 @@ def _gram(sketches: Sequence[Tensor], block_columns: int | None, *, normalise: b
         flat = block.view(count, rows * size)
         for at in range(0, flat.shape[1], _PRODUCT_LENGTH):
             piece = flat[:, at : at + _PRODUCT_LENGTH]
-            for index, upper in enumerate(tiles):
-                for lower in tiles[index:]:
-                    gram[upper, lower] += torch.mm(piece[upper], piece[lower].T).cpu()
+            for upper, lower in pairs:
+                gram[upper, lower] += torch.mm(piece[upper], piece[lower].T).cpu()
     return gram
 
 
