@@ -11,7 +11,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedml_plugin_fedmosaic.core.types import MixingPlan, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.core.types import (
+    MixingPlan,
+    ProcessWorld,
+    SharedTensors,
+    UpdateHeader,
+)
 
 
 class Communicator(Protocol):
@@ -20,6 +25,12 @@ class Communicator(Protocol):
     Attributes:
         rank: this process, 0-based.
         size: processes in the job.
+        group: the rank group of this process, 0-based; a client belongs to one group.
+        num_groups: rank groups of the job.
+        group_rank: this process inside its group, 0-based.
+        group_size: ranks of the group; they train the group's clients together.
+        is_leader: whether this rank speaks for its group: it computes sketches, writes the
+            clients' checkpoints and emits events. Every rank of a group gets the same results.
         uplink_bytes: client id -> bytes it sent to the server in the last round: its header and
             its tensors, as if every client were remote. One entry per header of the last
             :meth:`exchange_headers`; the tensors are added by :meth:`execute`.
@@ -29,11 +40,27 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+    group: int
+    num_groups: int
+    group_rank: int
+    group_size: int
+    is_leader: bool
     uplink_bytes: dict[int, int]
     downlink_bytes: dict[int, int]
 
     def owned(self, client_ids: Sequence[int]) -> tuple[int, ...]:
-        """The clients that this rank trains, a function of the ids and the world only."""
+        """The clients that this rank's group trains, ascending; the same on all its ranks."""
+        ...
+
+    def share(self, text: str) -> tuple[str, ...]:
+        """Every rank's text, by rank; all ranks call it."""
+        ...
+
+    def process_world(self) -> ProcessWorld:
+        """Where the ranks of this group meet to train a client; all ranks of the group call it.
+
+        Every call names a port of its own.
+        """
         ...
 
     def exchange_headers(self, headers: Sequence[UpdateHeader]) -> tuple[UpdateHeader, ...]:

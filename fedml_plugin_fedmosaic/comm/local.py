@@ -18,7 +18,13 @@ from fedml_plugin_fedmosaic.comm.exchange import (
     split_channels,
     upload_bytes,
 )
-from fedml_plugin_fedmosaic.core.types import MixingPlan, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.comm.rendezvous import LOOPBACK, free_port
+from fedml_plugin_fedmosaic.core.types import (
+    MixingPlan,
+    ProcessWorld,
+    SharedTensors,
+    UpdateHeader,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -29,6 +35,11 @@ class LocalCommunicator:
     def __init__(self) -> None:
         self.rank = 0
         self.size = 1
+        self.group = 0
+        self.num_groups = 1
+        self.group_rank = 0
+        self.group_size = 1
+        self.is_leader = True
         self.uplink_bytes: dict[int, int] = {}
         self.downlink_bytes: dict[int, int] = {}
         self._headers: tuple[UpdateHeader, ...] = ()
@@ -36,6 +47,14 @@ class LocalCommunicator:
     def owned(self, client_ids: Sequence[int]) -> tuple[int, ...]:
         """All clients, ascending."""
         return tuple(sorted(client_ids))
+
+    def share(self, text: str) -> tuple[str, ...]:
+        """The text itself."""
+        return (text,)
+
+    def process_world(self) -> ProcessWorld:
+        """A world of this process alone."""
+        return ProcessWorld(rank=0, size=1, local_rank=0, address=LOOPBACK, port=free_port())
 
     def exchange_headers(self, headers: Sequence[UpdateHeader]) -> tuple[UpdateHeader, ...]:
         """The same headers, ascending by client id.

@@ -34,8 +34,15 @@ from fedml_plugin_fedmosaic.comm.exchange import (
     split_channels,
     upload_bytes,
 )
+from fedml_plugin_fedmosaic.comm.rendezvous import LOOPBACK, free_port
 from fedml_plugin_fedmosaic.core.errors import CommError, PlanError
-from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.core.types import (
+    MixingPlan,
+    MixRow,
+    ProcessWorld,
+    SharedTensors,
+    UpdateHeader,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -72,6 +79,12 @@ class MPICommunicator:
             self._comm = (MPI.COMM_WORLD if world is None else world).Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
+        # Each rank is a group of its own; comm.groups puts several together.
+        self.group = self.rank
+        self.num_groups = self.size
+        self.group_rank = 0
+        self.group_size = 1
+        self.is_leader = True
         self.uplink_bytes: dict[int, int] = {}
         self.downlink_bytes: dict[int, int] = {}
         self._headers: tuple[UpdateHeader, ...] = ()
@@ -82,6 +95,18 @@ class MPICommunicator:
     def owned(self, client_ids: Sequence[int]) -> tuple[int, ...]:
         """The clients whose id modulo the number of ranks is this rank, ascending."""
         return tuple(client for client in sorted(client_ids) if self._owner(client) == self.rank)
+
+    def share(self, text: str) -> tuple[str, ...]:
+        """Every rank's text, by rank.
+
+        Raises:
+            CommError: MPI failed.
+        """
+        return tuple(message.decode() for message in self._allgather(text.encode()))
+
+    def process_world(self) -> ProcessWorld:
+        """A world of this process alone."""
+        return ProcessWorld(rank=0, size=1, local_rank=0, address=LOOPBACK, port=free_port())
 
     def exchange_headers(self, headers: Sequence[UpdateHeader]) -> tuple[UpdateHeader, ...]:
         """All ranks' headers, ascending by client id; sketches are copies.
