@@ -51,19 +51,24 @@ _TAG = 7
 
 
 class MPICommunicator:
-    """Rank ``client_id % size`` owns a client.
-
-    The rule needs no knowledge of the other clients, so every rank knows every client's owner.
+    """Ranks that own clients, as every rank knows.
 
     Args:
         world: an mpi4py intracommunicator; ``MPI.COMM_WORLD`` when omitted. It is duplicated.
+        owners: client id -> rank of ``world`` that owns it; ``client_id % size`` when omitted.
         piece_bytes: upper bound of one message, a multiple of 4.
 
     Raises:
         CommError: mpi4py or an MPI library cannot be loaded.
     """
 
-    def __init__(self, world: Any = None, *, piece_bytes: int = _PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        world: Any = None,
+        *,
+        owners: Mapping[int, int] | None = None,
+        piece_bytes: int = _PIECE_BYTES,
+    ) -> None:
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
@@ -88,12 +93,13 @@ class MPICommunicator:
         self.uplink_bytes: dict[int, int] = {}
         self.downlink_bytes: dict[int, int] = {}
         self._headers: tuple[UpdateHeader, ...] = ()
+        self._owners = owners
 
     def _owner(self, client_id: int) -> int:
-        return client_id % self.size
+        return client_id % self.size if self._owners is None else self._owners[client_id]
 
     def owned(self, client_ids: Sequence[int]) -> tuple[int, ...]:
-        """The clients whose id modulo the number of ranks is this rank, ascending."""
+        """This rank's clients, ascending."""
         return tuple(client for client in sorted(client_ids) if self._owner(client) == self.rank)
 
     def share(self, text: str) -> tuple[str, ...]:
