@@ -116,3 +116,11 @@ COMMUNICATORS = Registry(
         "mpi": f"{_ROOT}.comm.mpi:MPICommunicator",
     },
 )
+LAUNCHERS = Registry(
+    "launchers",
+    {
+        "debug": f"{_ROOT}.launch.debug:DebugLauncher",
+        "local": f"{_ROOT}.launch.local:LocalLauncher",
+        "slurm": f"{_ROOT}.launch.slurm:SlurmLauncher",
+    },
+)
