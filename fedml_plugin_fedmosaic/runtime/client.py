@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.registry import ADAPTERS
@@ -75,6 +76,15 @@ class EnginePool:
         self._engines.clear()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSnapshot:
+    """A client between two rounds."""
+
+    state: ClientState
+    arrivals: Mapping[str, Any]
+    dirty: bool
+
+
 class ClientRunner:
     """One client through all rounds of one strategy.
 
@@ -106,6 +116,23 @@ class ClientRunner:
         self.state: ClientState = strategy.client.init_state(
             engine.initial_adapter(), self.context(0)
         )
+
+    @property
+    def client_id(self) -> int:
+        """0-based, as in the manifest."""
+        return self.manifest.client_id
+
+    def snapshot(self) -> ClientSnapshot:
+        """Where the client stands, for :meth:`restore`; cheap, because states are never changed."""
+        return ClientSnapshot(state=self.state, arrivals=self._arrivals.state(), dirty=self.dirty)
+
+    def restore(self, snapshot: ClientSnapshot) -> None:
+        """Goes back to a snapshot: samples drawn since then are drawn again in the next round."""
+        self.state = snapshot.state
+        self._arrivals.restore(snapshot.arrivals)
+        self.dirty = snapshot.dirty
+        self._batches = ()
+        self._result = None
 
     def context(self, round_idx: int) -> ClientContext:
         """What the client half may know in a round."""

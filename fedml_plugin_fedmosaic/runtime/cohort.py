@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedml_plugin_fedmosaic.core.errors import ClientFailure, FedMosaicError
 from fedml_plugin_fedmosaic.core.events import ClientTrained, EventSink, StepsDone
 from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner
+from fedml_plugin_fedmosaic.runtime.faults import Attempt, FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
+from fedml_plugin_fedmosaic.runtime.validation import UpdateShape
 
 
 class CohortTrainer:
@@ -20,15 +21,22 @@ class CohortTrainer:
         sink: takes the events.
         hooks: the host framework's hooks.
         sketcher: computes sketches; None if the strategy needs none.
+        guard: says what happens to a client that fails.
     """
 
     def __init__(
-        self, strategy: str, sink: EventSink, hooks: RoundHooks, sketcher: SketchEngine | None
+        self,
+        strategy: str,
+        sink: EventSink,
+        hooks: RoundHooks,
+        sketcher: SketchEngine | None,
+        guard: FaultGuard,
     ) -> None:
         self._strategy = strategy
         self._sink = sink
         self._hooks = hooks
         self._sketcher = sketcher
+        self._guard = guard
 
     def train(
         self,
@@ -36,7 +44,7 @@ class CohortTrainer:
         clients: Mapping[int, ClientRunner],
         downlinks: Mapping[int, SharedTensors],
     ) -> dict[int, ClientUpdate]:
-        """Trains each client and returns what it sends.
+        """Trains each client and returns what it sends; dropped clients are left out.
 
         Args:
             round_idx: 0-based round.
@@ -47,13 +55,18 @@ class CohortTrainer:
             ClientFailure: a client failed; the original error is its cause.
             FedMosaicError: an error of this package, with the client and the stage as a note.
         """
-        return {
-            client_id: self._train(client, round_idx, downlinks.get(client_id, {}))
-            for client_id, client in clients.items()
-        }
+        updates: dict[int, ClientUpdate] = {}
+        for client_id, client in clients.items():
+            if self._guard.is_late(client_id, round_idx):
+                continue
+            with self._guard.attempt(client, round_idx) as attempt:
+                updates[client_id] = self._train(client, downlinks.get(client_id, {}), attempt)
+        return updates
 
-    def _train(self, client: ClientRunner, round_idx: int, downlink: SharedTensors) -> ClientUpdate:
-        client_id = client.manifest.client_id
+    def _train(
+        self, client: ClientRunner, downlink: SharedTensors, attempt: Attempt
+    ) -> ClientUpdate:
+        client_id, round_idx = attempt.client_id, attempt.round_idx
 
         def on_step(done: int, total: int) -> None:
             self._sink(
@@ -65,37 +78,33 @@ class CohortTrainer:
                     total=total,
                 )
             )
+            self._guard.check_time(client_id, round_idx, f"it had done {done} of {total} steps")
 
-        stage = "prepare"
-        try:
-            downlink = self._hooks.before_local_training(client_id, downlink)
-            passes = client.prepare(downlink, round_idx)
-            stage = "fit"
-            for pass_ in passes:
-                result = client.fit(pass_, round_idx, on_step)
-                self._sink(
-                    ClientTrained(
-                        strategy=self._strategy,
-                        round_idx=round_idx,
-                        client_id=client_id,
-                        pass_name=pass_.name,
-                        num_steps=len(result.losses),
-                        num_examples=result.num_examples,
-                        num_tokens=result.num_tokens,
-                        mean_loss=sum(result.losses) / max(len(result.losses), 1),
-                        duration_s=result.duration_s,
-                    )
+        downlink = self._hooks.before_local_training(client_id, downlink)
+        passes = client.prepare(downlink, round_idx)
+        attempt.stage = "fit"
+        for pass_ in passes:
+            result = client.fit(pass_, round_idx, on_step)
+            self._sink(
+                ClientTrained(
+                    strategy=self._strategy,
+                    round_idx=round_idx,
+                    client_id=client_id,
+                    pass_name=pass_.name,
+                    num_steps=len(result.losses),
+                    num_examples=result.num_examples,
+                    num_tokens=result.num_tokens,
+                    mean_loss=sum(result.losses) / max(len(result.losses), 1),
+                    duration_s=result.duration_s,
                 )
-            stage = "sketch"
-            if self._sketcher is not None:
-                client.sketch(self._sketcher, round_idx)
-            stage = "finish"
-            update = client.finish(round_idx)
-            return self._hooks.after_local_training(update)
-        except FedMosaicError as error:
-            error.add_note(f"client {client_id}, round {round_idx + 1}, {stage}")
-            raise
-        except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
-            raise ClientFailure(
-                client_id, round_idx, stage, f"{type(error).__name__}: {error}"
-            ) from error
+            )
+        attempt.stage = "sketch"
+        if self._sketcher is not None:
+            client.sketch(self._sketcher, round_idx)
+        attempt.stage = "finish"
+        update = client.finish(round_idx)
+        shape = UpdateShape.of(update)
+        update = self._hooks.after_local_training(update)
+        attempt.stage = "update"
+        self._guard.check(shape, update)
+        return update

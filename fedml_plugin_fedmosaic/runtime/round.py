@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from fedml_plugin_fedmosaic.core.events import (
     RunStarted,
 )
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
-from fedml_plugin_fedmosaic.core.types import SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner, EnginePool, build_clients
 from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
+from fedml_plugin_fedmosaic.runtime.faults import FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
 from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, to_rows
+from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
 from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
 
 
@@ -84,6 +86,7 @@ class StrategyRun:
         self.store = CheckpointStore(
             run_dir / "checkpoints" / name, keep_last=experiment.run.keep_last, rank=comm.rank
         )
+        self.guard = FaultGuard(experiment.faults, name, sink, group_size=comm.group_size)
         self.train_s = 0.0
 
     @classmethod
@@ -140,7 +143,7 @@ class StrategyRun:
                 run_dir=str(self.run_dir),
             )
         )
-        trainer = CohortTrainer(self.name, self.sink, self.hooks, sketcher)
+        trainer = CohortTrainer(self.name, self.sink, self.hooks, sketcher, self.guard)
         mine = {client_id: clients[client_id] for client_id in sorted(owned)}
         downlinks: dict[int, SharedTensors] = {}
         uploads: dict[int, SharedTensors] = {}
@@ -149,30 +152,33 @@ class StrategyRun:
             cohort = self.strategy.select(state, round_idx, self.clients_per_round)
             self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
             trained = [client_id for client_id in cohort if client_id in owned]
-            state, received = self._round(
-                round_idx, {i: mine[i] for i in trained}, state, downlinks, uploads, trainer
-            )
+            self.guard.begin_round(uploads)
+            updates = trainer.train(round_idx, {i: mine[i] for i in trained}, downlinks)
+            state, received = self._aggregate(round_idx, cohort, updates, state, uploads)
             downlinks.update(received)
             self._report_round(round_idx, time.perf_counter() - began)
             self._checkpoint(round_idx, state, mine, trained, downlinks)
             self._evaluate(round_idx, mine)
 
-    def _round(
+    def _aggregate(
         self,
         round_idx: int,
-        cohort: Mapping[int, ClientRunner],
+        cohort: Sequence[int],
+        updates: dict[int, ClientUpdate],
         state: ServerState,
-        downlinks: Mapping[int, SharedTensors],
         uploads: dict[int, SharedTensors],
-        trainer: CohortTrainer,
     ) -> tuple[ServerState, dict[int, SharedTensors]]:
-        updates = trainer.train(round_idx, cohort, downlinks)
-        accepted = self.hooks.before_aggregation(updates)
+        """Mixes what was delivered; without a quorum nothing changes."""
+        shapes = {client_id: UpdateShape.of(update) for client_id, update in updates.items()}
+        accepted = self.guard.admit(shapes, self.hooks.before_aggregation(updates))
+        everyone = self.comm.exchange_headers([update.header for update in accepted.values()])
+        check_headers(everyone, cohort=cohort, round_idx=round_idx)
+        if not self.guard.has_quorum(round_idx, cohort, everyone):
+            return state, {}
         for client_id, update in accepted.items():
             uploads[client_id] = update.tensors
-        headers: list[UpdateHeader] = [accepted[i].header for i in sorted(accepted)]
-        everyone = self.comm.exchange_headers(headers)
         state, plan = self.strategy.plan(state, everyone)
+        plan = self.guard.limit_staleness(plan, round_idx)
         self.sink(
             PlanMade(
                 strategy=self.name,

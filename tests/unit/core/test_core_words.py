@@ -30,6 +30,7 @@ def test_the_error_tree_has_one_root_and_documented_exit_codes() -> None:
         "AdapterError": 3,
         "PlanError": 3,
         "ClientFailure": 4,
+        "QuorumError": 4,
         "CommError": 5,
         "LaunchError": 6,
         "CheckpointError": 7,
