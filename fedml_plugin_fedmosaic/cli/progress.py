@@ -16,17 +16,47 @@ from rich.progress import (
 )
 
 from fedml_plugin_fedmosaic.core.events import (
+    ClientDropped,
     ClientTrained,
     Evaluated,
     EvaluationProgress,
     Event,
     RoundFinished,
+    RoundSkipped,
     RoundStarted,
     RunFinished,
     RunStarted,
     StepsDone,
 )
 from fedml_plugin_fedmosaic.report.numbers import percent, readable_bytes, seconds
+
+_WIDTH = 100
+
+
+def dropped_line(event: ClientDropped) -> str:
+    """A dropped client in one line of at most 100 characters."""
+    reason = " ".join(event.reason.split())
+    line = (
+        f"{event.strategy:<10} round {event.round_idx + 1}: client {event.client_id} dropped, "
+        f"{event.stage}: {reason}"
+    )
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..."
+
+
+class DropLines:
+    """Event sink of the ranks that show nothing else: one line per client that they drop.
+
+    Args:
+        write: takes each line.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event."""
+        if isinstance(event, ClientDropped):
+            self._write(dropped_line(event))
 
 
 @dataclass(slots=True)
@@ -39,10 +69,14 @@ class _Round:
     losses: list[float] = field(default_factory=list)
     finished: RoundFinished | None = None
     own: list[float] = field(default_factory=list)
+    skipped: RoundSkipped | None = None
 
     def line(self, num_rounds: int) -> str:
         """The round in one line."""
         parts = [f"{self.strategy:<10} round {self.round_idx + 1}/{num_rounds}"]
+        if self.skipped is not None:
+            few = self.skipped
+            parts.append(f"skipped ({few.delivered} delivered, {few.needed} needed)")
         if self.losses:
             parts.append(f"loss {sum(self.losses) / len(self.losses):.3f}")
         if self.own:
@@ -82,6 +116,10 @@ class RoundLines:
                 self._round = _Round(event.strategy, event.round_idx, event.cohort)
             case ClientTrained() if self._round is not None:
                 self._round.losses.append(event.mean_loss)
+            case ClientDropped():
+                self._write(dropped_line(event))
+            case RoundSkipped() if self._round is not None:
+                self._round.skipped = event
             case RoundFinished() if self._round is not None:
                 self._round.finished = event
             case Evaluated() if event.round_idx < 0:

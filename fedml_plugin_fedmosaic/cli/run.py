@@ -196,11 +196,11 @@ def _describe(prepared: PreparedRun) -> None:
 def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bool) -> RunSummary:
     from rich.console import Console
 
-    from fedml_plugin_fedmosaic.cli.progress import LiveProgress, RoundLines
+    from fedml_plugin_fedmosaic.cli.progress import DropLines, LiveProgress, RoundLines
 
     console = Console()
     if quiet:
-        return prepare(()).execute()
+        return prepare((DropLines(_print_line),)).execute()
     with ExitStack() as stack:
         if console.is_terminal:
             live = LiveProgress(console)

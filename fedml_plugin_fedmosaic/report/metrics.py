@@ -6,6 +6,7 @@ Self is a client's mean accuracy over its own tasks, Others over all other tasks
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -83,6 +84,39 @@ class StrategyMetrics:
             if isinstance(e, ev.ClientTrained)
         }
         return tuple(found[key] for key in sorted(found))
+
+    @cached_property
+    def cohorts(self) -> dict[int, tuple[int, ...]]:
+        """Clients that were asked to train, by round index."""
+        found = {e.round_idx: e.cohort for e in self.events if isinstance(e, ev.RoundStarted)}
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def dropped(self) -> tuple[ev.ClientDropped, ...]:
+        """Clients that did not deliver, in order of round and client."""
+        found = {
+            (e.round_idx, e.client_id): e for e in self.events if isinstance(e, ev.ClientDropped)
+        }
+        return tuple(found[key] for key in sorted(found))
+
+    @cached_property
+    def skipped(self) -> dict[int, ev.RoundSkipped]:
+        """Rounds without a quorum, by index."""
+        found = {e.round_idx: e for e in self.events if isinstance(e, ev.RoundSkipped)}
+        return dict(sorted(found.items()))
+
+    @property
+    def failure_text(self) -> str:
+        """Dropped clients and skipped rounds in a few words; empty without any."""
+        parts = []
+        if self.dropped:
+            stages = Counter(event.stage for event in self.dropped)
+            counts = ", ".join(f"{stage} {count}" for stage, count in sorted(stages.items()))
+            parts.append(f"{len(self.dropped)} dropped ({counts})")
+        if self.skipped:
+            noun = "round" if len(self.skipped) == 1 else "rounds"
+            parts.append(f"{len(self.skipped)} {noun} skipped without a quorum")
+        return ", ".join(parts)
 
     @cached_property
     def view(self) -> str | None:

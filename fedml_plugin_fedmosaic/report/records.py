@@ -31,6 +31,8 @@ _STORED: Mapping[str, type[ev.Event]] = {
         ev.RunStarted,
         ev.RoundStarted,
         ev.ClientTrained,
+        ev.ClientDropped,
+        ev.RoundSkipped,
         ev.PlanMade,
         ev.RoundFinished,
         ev.Evaluated,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedml_plugin_fedmosaic.report import plots
+from fedml_plugin_fedmosaic.report.failures import client_failures, failed_rounds
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, mean
 from fedml_plugin_fedmosaic.report.numbers import percent, readable_bytes, seconds
 from fedml_plugin_fedmosaic.report.records import BASE, ClientInfo
@@ -317,6 +318,21 @@ def losses(run: Run) -> Section | None:
     return Section("losses", "Training loss", figures=(Figure(svg, caption),))
 
 
+def dropouts(run: Run) -> Section | None:
+    """Clients that were dropped, by reason."""
+    table = client_failures(run)
+    if table is None:
+        return None
+    lead = "A dropped client goes on from where it was before the round."
+    return Section("failures", "Failures", lead, table=table)
+
+
+def rounds_with_dropouts(run: Run) -> Section | None:
+    """Rounds in which clients were missing."""
+    table = failed_rounds(run)
+    return None if table is None else Section("failed-rounds", "Failures per round", table=table)
+
+
 def views(run: Run) -> Section | None:
     """Scores of the single branches of the main strategy's models, where they were evaluated."""
     if run.main is None or len(run.strategies[run.main].views) < 2:
@@ -380,6 +396,7 @@ def reproduction(run: Run) -> list[Section]:
 
 def all_sections(run: Run) -> list[Section]:
     """All sections that the run has data for, in order."""
-    makers = (accuracy, relevance, mixing, matrix, views, traffic, losses, timing)
+    makers = (accuracy, relevance, mixing, matrix, views, traffic, losses,
+              dropouts, rounds_with_dropouts, timing)  # fmt: skip
     found = [section for make in makers if (section := make(run)) is not None]
     return [summary(run), *found, *reproduction(run)]

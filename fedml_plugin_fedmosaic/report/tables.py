@@ -171,6 +171,8 @@ def summary_table(run: Run, max_width: int | None = MAX_WIDTH) -> SummaryTable:
     ]
     if unfinished:
         notes.append(f"Not finished: {', '.join(unfinished)}; the last evaluated round is shown.")
+    failures = {name: text for name in run.ordered if (text := run.strategies[name].failure_text)}
+    notes += [f"Failures of {name}: {text}." for name, text in failures.items()]
     return SummaryTable(table.columns, table.rows, notes, table.num_left, table.num_footer)
 
 
@@ -331,6 +333,8 @@ def summary_record(run: Run) -> dict[str, Any]:
             "a_auc": metrics.a_auc,
             "rounds": len(metrics.rounds),
             "steps": metrics.num_steps,
+            "dropped_clients": len(metrics.dropped),
+            "skipped_rounds": len(metrics.skipped),
             "uplink_bytes_per_client_and_round": metrics.bytes_per_client_round("uplink"),
             "downlink_bytes_per_client_and_round": metrics.bytes_per_client_round("downlink"),
             "train_s": metrics.train_s,

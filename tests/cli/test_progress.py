@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from rich.console import Console
 
-from fedml_plugin_fedmosaic.cli.progress import LiveProgress, RoundLines
+from fedml_plugin_fedmosaic.cli.progress import DropLines, LiveProgress, RoundLines
 from fedml_plugin_fedmosaic.cli.tables import print_table
 from fedml_plugin_fedmosaic.core import events as ev
 
@@ -139,3 +139,35 @@ def test_a_table_fits_a_terminal_of_80_columns() -> None:
     cells = Cells(["client", "tasks"], [["0", "word " * 40]])
     print_table(cells, console)
     assert max(map(len, stream.getvalue().splitlines())) <= 80
+
+
+def dropped(round_idx: int, client_id: int, reason: str) -> ev.ClientDropped:
+    return ev.ClientDropped(
+        strategy="fedavg", round_idx=round_idx, client_id=client_id, stage="fit", reason=reason
+    )
+
+
+def test_failures_have_their_line_at_once_and_are_never_wide() -> None:
+    written: list[str] = []
+    lines = RoundLines(written.append)
+    lines(ev.RunStarted(
+        strategy="fedavg", num_rounds=2, num_clients=3, clients_per_round=3, run_dir="r"
+    ))  # fmt: skip
+    lines(ev.RoundStarted(strategy="fedavg", round_idx=0, cohort=(0, 1, 2)))
+    lines(dropped(0, 2, "RuntimeError: first\n  second " + "x" * 90))
+    assert written[1].startswith("fedavg     round 1: client 2 dropped, fit: RuntimeError: first s")
+    assert len(written[1]) == 100
+    assert written[1].endswith("x...")
+    lines(ev.RoundSkipped(
+        strategy="fedavg", round_idx=0, delivered=1, needed=2, cohort_size=3
+    ))  # fmt: skip
+    lines(ev.RoundStarted(strategy="fedavg", round_idx=1, cohort=(0, 1, 2)))
+    assert written[2] == "fedavg     round 1/2  skipped (1 delivered, 2 needed)"
+
+
+def test_other_ranks_show_what_they_drop_and_nothing_else() -> None:
+    written: list[str] = []
+    sink = DropLines(written.append)
+    for event in [*a_run(), dropped(1, 5, "MemoryError: none left")]:
+        sink(event)
+    assert written == ["fedavg     round 2: client 5 dropped, fit: MemoryError: none left"]

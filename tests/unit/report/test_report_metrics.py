@@ -40,6 +40,10 @@ STORED = [
         mean_loss=0.7,
         duration_s=0.5,
     ),
+    ev.ClientDropped(
+        strategy="s", round_idx=0, client_id=1, stage="fit", reason="MemoryError: none left"
+    ),
+    ev.RoundSkipped(strategy="s", round_idx=0, delivered=1, needed=2, cohort_size=3),
     ev.PlanMade(strategy="s", round_idx=0, relevance=((None, 0.5), (0.5, None)), weights=None),
     ev.RoundFinished(
         strategy="s", round_idx=0, duration_s=1.0, uplink_bytes={0: 4, 1: 8}, downlink_bytes={}
