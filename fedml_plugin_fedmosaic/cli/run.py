@@ -119,6 +119,8 @@ def run_command(
         if rank > 0:
             click.echo(f"[rank {rank}]", err=True)
         code = exit_code_of(error, debug=debug)
+        if run_dir is not None and not dry_run:
+            _note_failure(Path(run_dir), code, error)
         if size > 1:
             # The other ranks may wait for this one; a normal exit would wait for them.
             sys.stdout.flush()
@@ -126,6 +128,15 @@ def run_command(
             os._exit(code)
         return code
     return 0
+
+
+def _note_failure(run_dir: Path, code: int, error: BaseException) -> None:
+    """Tells the job's owner, also when the run failed before it could start."""
+    from fedml_plugin_fedmosaic.launch.base import JOB_FILE
+    from fedml_plugin_fedmosaic.runtime.status import say_ended
+
+    if (run_dir / JOB_FILE).is_file():
+        say_ended(run_dir, code, str(error).partition("\n")[0] or type(error).__name__)
 
 
 def _load(

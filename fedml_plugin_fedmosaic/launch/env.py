@@ -28,3 +28,19 @@ def mpi_world(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
         if rank.isdecimal() and size.isdecimal():
             return int(rank), int(size)
     return 0, 1
+
+
+def incarnation(environ: Mapping[str, str] | None = None) -> str:
+    """Name of this start of the job, ``<job id>.<restart count>``; the same on all its ranks.
+
+    A launcher's own word comes first, then Slurm's; outside of both it is the process id.
+    """
+    variables = os.environ if environ is None else environ
+    if variables.get("FEDMOSAIC_INCARNATION"):
+        return variables["FEDMOSAIC_INCARNATION"]
+    restart = variables.get("SLURM_RESTART_COUNT") or "0"
+    if variables.get("SLURM_ARRAY_JOB_ID") and variables.get("SLURM_ARRAY_TASK_ID"):
+        return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables['SLURM_ARRAY_TASK_ID']}.{restart}"
+    if variables.get("SLURM_JOB_ID"):
+        return f"{variables['SLURM_JOB_ID']}.{restart}"
+    return f"{os.getpid()}.0"

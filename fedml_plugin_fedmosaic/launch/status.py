@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 from fedml_plugin_fedmosaic.launch.base import STATUS_FILE, JobStatus
 
+INCARNATION_VARIABLE = "FEDMOSAIC_INCARNATION"
+"""Set by launchers: ``<job id>.<restart count>``."""
+
 RunState = Literal["running", "finished", "failed", "interrupted"]
 EXIT_INTERRUPTED = 75
 """Exit code of a run that was told to stop, has saved its state and can go on (EX_TEMPFAIL)."""

@@ -23,11 +23,13 @@ from fedml_plugin_fedmosaic.core.events import EventSink, RunFinished
 from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS, DATASETS
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
+from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES
 from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_base
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.sinks import FanOut, JsonLines, merge_rank_files
+from fedml_plugin_fedmosaic.runtime.status import say_ended, say_running
 from fedml_plugin_fedmosaic.runtime.store import write_atomic
 
 LOG = logging.getLogger(__name__)
@@ -100,11 +102,16 @@ def strategies_of(experiment: Experiment) -> tuple[str, ...]:
     return (*dict.fromkeys(compare), experiment.algo)
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is in a folder but what a launcher puts there before the run starts."""
+    return folder.is_dir() and all(path.name in LAUNCH_FILES for path in folder.iterdir())
+
+
 def _claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
     if run_dir is None and experiment.run.name is not None:
         run_dir = Path(experiment.run.root) / experiment.run.name
     if run_dir is not None:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and not _is_free(run_dir):
             raise ConfigError(
                 f"the run folder {run_dir} exists and is not an empty folder",
                 hint="choose another --run-dir; results are never overwritten",
@@ -164,6 +171,15 @@ class PreparedRun:
         Raises:
             ClientFailure: a client failed; what finished before is in the run folder.
         """
+        try:
+            return self._execute()
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            code = 130 if interrupted else getattr(error, "exit_code", 1)
+            say_ended(self.run_dir, code, str(error).partition("\n")[0] or type(error).__name__)
+            raise
+
+    def _execute(self) -> RunSummary:
         started = time.perf_counter()
         comm = COMMUNICATORS["mpi" if self.experiment.comm.backend == "MPI" else "local"]()
         metrics_name = "metrics.jsonl" if comm.rank == 0 else f"metrics.rank{comm.rank}.jsonl"
@@ -171,6 +187,7 @@ class PreparedRun:
         comm.barrier()
         if comm.rank == 0:
             self._write_header()
+            say_running(self.run_dir)
         comm.barrier()
         metrics = JsonLines(self.run_dir / metrics_name)
         sink = FanOut([metrics, *self.sinks])
@@ -206,6 +223,7 @@ class PreparedRun:
         comm.barrier()
         if comm.rank == 0:
             merge_rank_files(self.run_dir, comm.size)
+            say_ended(self.run_dir, 0)
         return RunSummary(
             run_dir=self.run_dir,
             strategies=strategies_of(self.experiment),
