@@ -28,6 +28,10 @@ class InjectedAdapter(Protocol):
         """All adapter tensors, sorted."""
         ...
 
+    def parameters(self) -> Mapping[AdapterKey, nn.Parameter]:
+        """All adapter tensors of the model, in no particular order."""
+        ...
+
     def collect(self) -> dict[AdapterKey, Tensor]:
         """Detached float32 CPU copies of all adapter tensors."""
         ...

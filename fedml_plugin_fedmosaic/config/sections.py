@@ -125,6 +125,25 @@ class ModelSpec:
     """Label for tables, e.g. ``1B``; counted from the parameters when omitted."""
     ranks: PositiveInt = 1
     """MPI ranks that train a client of this model together."""
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """What trains it; ``auto``: DeepSpeed if ``ranks`` is more than 1, else plain PyTorch."""
+
+    def __post_init__(self) -> None:
+        """Plain PyTorch trains on one rank.
+
+        Raises:
+            ValueError: it is given more.
+        """
+        if self.engine == "torch" and self.ranks > 1:
+            raise ValueError(
+                f"engine 'torch' trains on one rank, but ranks is {self.ranks}; "
+                "set engine: auto or deepspeed"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed trains this model."""
+        return self.engine == "deepspeed" or (self.engine == "auto" and self.ranks > 1)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -179,6 +198,20 @@ class OptimConfig:
     """AdamW weight decay."""
     max_grad_norm: PositiveFloat | None = None
     """Gradient clipping by norm; none when omitted."""
+    moments: Literal["reset", "keep"] = "reset"
+    """AdamW's moments of a client: fresh in every round, or kept from its last one."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EngineConfig:
+    """``engine_args``: how local training is carried out, in flat keys."""
+
+    deepspeed: str | None = None
+    """DeepSpeed's JSON configuration for models with ``ranks`` above 1 or ``engine: deepspeed``."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    collective_timeout_s: PositiveFloat = 1800.0
+    """Longest wait of a rank for the other ranks of its group, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -309,6 +342,7 @@ class Experiment:
     models: Mapping[str, ModelSpec] = Field(default_factory=dict)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     sketch: SketchConfig = Field(default_factory=SketchConfig)
     strategy: Mapping[str, Any] = Field(default_factory=dict)
     """Options of the strategy, checked against the strategy's own ``Options``."""
@@ -334,6 +368,7 @@ SECTION_OF: Mapping[str, tuple[str, str | None]] = {
     "models": ("model_args", "models"),
     "adapter": ("adapter_args", "adapter"),
     "optim": ("optim_args", "optim"),
+    "engine": ("engine_args", None),
     "sketch": ("sketch_args", "sketch"),
     "strategy": ("strategy_args", "strategy"),
     "evaluation": ("eval_args", "evaluation"),

@@ -12,7 +12,8 @@ Tree::
     ├── CommError             5   ranks could not talk to each other
     ├── LaunchError           6   a job could not be started
     ├── CheckpointError       7   a checkpoint is missing, damaged or does not fit
-    └── IntegrationError      8   the installed FedML or PEFT is not what we know
+    ├── IntegrationError      8   the installed FedML or PEFT is not what we know
+    └── RunInterrupted       75   a signal stopped the run after saving; it can be resumed
 
 A message says what is wrong, where, what was expected, what was found, and what to do.
 """
@@ -114,3 +115,12 @@ class IntegrationError(FedMosaicError):
     """The installed FedML, PEFT or transformers is not what this package knows."""
 
     exit_code = 8
+
+
+class RunInterrupted(FedMosaicError):
+    """A signal asked the run to stop; everything is saved, and the run can be resumed.
+
+    The exit code is ``EX_TEMPFAIL`` of ``sysexits.h``: try again later.
+    """
+
+    exit_code = 75

@@ -105,6 +105,24 @@ SharedTensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """AdamW's memory of one trained tensor; never a copy of the weights themselves.
+
+    Attributes:
+        step: optimizer steps so far.
+        first: running mean of the gradient, float32 on the CPU, in the tensor's shape.
+        second: running mean of the squared gradient, likewise.
+    """
+
+    step: int
+    first: Tensor
+    second: Tensor
+
+
+OptimizerState = Mapping[AdapterKey, Moments]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientManifest:
     """What the server knows of a client before the first round.
 
@@ -136,6 +154,9 @@ class ClientManifest:
 class UpdateHeader:
     """The small part of an update; every rank sees all headers.
 
+    The values of the sketch stay where the client was trained: in a header that a communicator
+    returns, the sketch is a tensor on the ``meta`` device, which has a shape and no values.
+
     Attributes:
         client_id: who.
         round_idx: 0-based round of the training that made the update.
@@ -147,6 +168,20 @@ class UpdateHeader:
     round_idx: int
     num_examples: int
     sketch: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relevance:
+    """How similar the clients' sketches are; the result of a communicator's reduction.
+
+    Attributes:
+        clients: everyone with a sketch, ascending.
+        values: (clients, clients) float64, exactly symmetric; NaN between two different clients
+            that both took no part in the round.
+    """
+
+    clients: tuple[int, ...]
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +227,7 @@ class ClientState:
         participations: rounds the client took part in so far.
         adapter: all adapter tensors, float32 on the CPU.
         sketch: smoothed sketch (EMA), float32 ``(rows, columns)``, or None before the first.
+        moments: of the tensors that were ever trained; empty unless ``optim.moments`` is "keep".
         extra: a strategy's own JSON-like values.
     """
 
@@ -199,6 +235,7 @@ class ClientState:
     participations: int = 0
     adapter: AdapterState = field(default_factory=dict)
     sketch: Tensor | None = None
+    moments: OptimizerState = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -233,11 +270,32 @@ class LocalResult:
         num_examples: samples seen (repetitions counted).
         num_tokens: supervised tokens seen.
         duration_s: wall-clock seconds.
+        moments: of the trained tensors after the pass; empty unless ``optim.moments`` is "keep".
     """
 
     adapter: AdapterState
     losses: tuple[float, ...]
     num_examples: int
+    num_tokens: int
+    duration_s: float
+    moments: OptimizerState = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitProgress:
+    """A pass that was stopped between two optimizer steps; enough to go on bit for bit.
+
+    Attributes:
+        adapter: all adapter tensors, float32 on the CPU.
+        moments: of the trained tensors, whatever ``optim.moments`` says.
+        losses: loss of each finished step; their number is the number of finished steps.
+        num_tokens: supervised tokens seen so far.
+        duration_s: wall-clock seconds spent so far.
+    """
+
+    adapter: AdapterState
+    moments: OptimizerState
+    losses: tuple[float, ...]
     num_tokens: int
     duration_s: float
 

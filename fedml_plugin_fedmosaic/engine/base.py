@@ -6,11 +6,18 @@ turns on it by swapping adapter tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedml_plugin_fedmosaic.core.types import AdapterState, LocalResult, Pass, View
+from fedml_plugin_fedmosaic.core.types import (
+    AdapterState,
+    FitProgress,
+    LocalResult,
+    OptimizerState,
+    Pass,
+    View,
+)
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 
 
@@ -34,6 +41,25 @@ class Score:
     value: float
     num_samples: int
     metric: str
+
+
+StepCallback = Callable[[int, int], None]
+"""Called after every optimizer step with (steps done, steps in all)."""
+
+ShouldStop = Callable[[], bool]
+"""Asked between two optimizer steps; an engine of several ranks agrees among them on the answer."""
+
+
+class FitStopped(Exception):
+    """A pass was stopped between two steps, as it was asked to.
+
+    Args:
+        progress: where to go on.
+    """
+
+    def __init__(self, progress: FitProgress) -> None:
+        super().__init__(f"stopped after {len(progress.losses)} steps")
+        self.progress = progress
 
 
 class Engine(Protocol):
@@ -60,8 +86,17 @@ class Engine(Protocol):
         batches: Sequence[Sequence[Sample]],
         *,
         seed: int,
+        on_step: StepCallback | None = None,
+        moments: OptimizerState | None = None,
+        progress: FitProgress | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> LocalResult:
-        """Trains ``pass_.num_steps`` optimizer steps, one item of ``batches`` per step."""
+        """Trains ``pass_.num_steps`` optimizer steps, one item of ``batches`` per step.
+
+        ``moments`` are those of the client's last round; ``progress`` goes on where an earlier
+        call with the same arguments was stopped. Raises :class:`FitStopped` when ``should_stop``
+        says so before the last step.
+        """
         ...
 
     def evaluate(

@@ -23,19 +23,19 @@ from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
     AdapterState,
     Branch,
+    FitProgress,
     LocalResult,
+    OptimizerState,
     Pass,
     View,
     channel_of,
 )
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
-from fedml_plugin_fedmosaic.engine.base import Score
+from fedml_plugin_fedmosaic.engine.base import FitStopped, Score, ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.losses import LOSSES
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.moments import collect_moments, load_moments
 from fedml_plugin_fedmosaic.engine.scoring import score_task
-
-StepCallback = Callable[[int, int], None]
-"""Called after every optimizer step with (steps done, steps in all)."""
 
 _WARM_UP = 0.1
 
@@ -129,11 +129,15 @@ class TorchEngine:
         *,
         seed: int,
         on_step: StepCallback | None = None,
+        moments: OptimizerState | None = None,
+        progress: FitProgress | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> LocalResult:
         """Trains one optimizer step per item of ``batches``, at most ``pass_.num_steps``.
 
-        The optimizer is a fresh AdamW in every call: its moments are not kept between rounds, so
-        they cannot outlive the weights that the server has replaced in the meantime. A batch is
+        The optimizer is a new AdamW in every call. With ``optim.moments: reset`` its moments are
+        fresh; with ``keep`` it starts from ``moments``. Weights always come from ``adapter``: no
+        copy of theirs can outlive what the server has replaced in the meantime. A batch is
         cut into micro-batches of the configured size; its loss is the mean over its samples of
         each sample's mean token loss, however it is cut. Dropout depends on ``seed`` and the step
         only; the global generators are left as they were.
@@ -144,6 +148,10 @@ class TorchEngine:
             batches: samples of each optimizer step, none empty.
             seed: of the randomness in the model (dropout, gate noise).
             on_step: called after each step.
+            moments: of the client's last round; ignored with ``optim.moments: reset``.
+            progress: where an earlier call with the same arguments was stopped; the result is
+                then bit for bit that of a call that was not.
+            should_stop: asked after each step but the last.
 
         Returns:
             The trained adapter; without batches the adapter as it came.
@@ -151,23 +159,20 @@ class TorchEngine:
         Raises:
             AdapterError: tensors do not fit, or the pass trains nothing.
             DataError: a sample cannot be encoded.
+            FitStopped: ``should_stop`` said so.
             NonFiniteLossError: the loss is infinite or not a number.
         """
         started = time.perf_counter()
-        self._load(adapter)
-        self._loaded = None
-        self.adapter.set_view(pass_.view)
-        self.adapter.set_trainable(pass_.train)
         batches = batches[: pass_.num_steps]
-        optimizer = self._optimizer(pass_)
-        self._bundle.processor.prefetch(sample for batch in batches for sample in batch)
-        model = self.adapter.model
-        model.train()
+        optimizer = self._start(pass_, adapter, moments, progress)
+        done = 0 if progress is None else len(progress.losses)
+        self._bundle.processor.prefetch(sample for batch in batches[done:] for sample in batch)
         losses: list[Tensor] = []
-        num_tokens = 0
+        num_tokens = 0 if progress is None else progress.num_tokens
         peak = [group["lr"] for group in optimizer.param_groups]
+        stopped = False
         with _own_generator(self._bundle.device) as reseed:
-            for step, batch in enumerate(batches):
+            for step, batch in enumerate(batches[done:], start=done):
                 reseed(derive_seed(seed, "step", step))
                 for group, rate in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = rate * self._schedule(step, len(batches))
@@ -177,18 +182,61 @@ class TorchEngine:
                 num_tokens += tokens
                 if on_step is not None:
                     on_step(step + 1, len(batches))
+                if should_stop is not None and step + 1 < len(batches) and should_stop():
+                    stopped = True
+                    break
         optimizer.zero_grad(set_to_none=True)
-        model.eval()
+        self.adapter.model.eval()
         values = torch.stack(losses).tolist() if losses else []
-        for step, value in enumerate(values):
+        for step, value in enumerate(values, start=done):
             self._raise_unless_finite(value, step, len(batches))
+        duration_s = time.perf_counter() - started
+        if progress is not None:
+            values = [*progress.losses, *values]
+            duration_s += progress.duration_s
+        kept = stopped or self._optim.moments == "keep"
+        after = collect_moments(optimizer, self.adapter.parameters()) if kept else {}
+        trained = self.adapter.collect()
+        if stopped:
+            raise FitStopped(
+                FitProgress(
+                    adapter=trained,
+                    moments=after,
+                    losses=tuple(values),
+                    num_tokens=num_tokens,
+                    duration_s=duration_s,
+                )
+            )
         return LocalResult(
-            adapter=self.adapter.collect(),
+            adapter=trained,
             losses=tuple(values),
             num_examples=sum(len(batch) for batch in batches),
             num_tokens=num_tokens,
-            duration_s=time.perf_counter() - started,
+            duration_s=duration_s,
+            moments=after,
         )
+
+    def _start(
+        self,
+        pass_: Pass,
+        adapter: AdapterState,
+        moments: OptimizerState | None,
+        progress: FitProgress | None,
+    ) -> torch.optim.Optimizer:
+        """Puts weights, trained branches and moments in place; returns the optimizer."""
+        self._load(adapter if progress is None else progress.adapter)
+        self._loaded = None
+        self.adapter.set_view(pass_.view)
+        self.adapter.set_trainable(pass_.train)
+        optimizer = self._optimizer(pass_)
+        if progress is not None:
+            moments = progress.moments
+        elif self._optim.moments == "reset":
+            moments = None
+        if moments:
+            load_moments(optimizer, self.adapter.parameters(), moments)
+        self.adapter.model.train()
+        return optimizer
 
     def evaluate(
         self,
