@@ -344,13 +344,17 @@ def _resolve_paths(document: Document, experiment: Experiment, folder: Path) -> 
     if adapter.alignment not in (None, "bundled"):
         resolved = absolute(_path_of("adapter", "alignment"), str(adapter.alignment))
         adapter = replace(adapter, alignment=resolved)
+    engine = experiment.engine
+    if engine.deepspeed is not None:
+        resolved = absolute(_path_of("engine", "deepspeed"), engine.deepspeed)
+        engine = replace(engine, deepspeed=resolved)
     models = {}
     for name, spec in experiment.models.items():
         resolved = absolute(_path_of("models", name, "path"), spec.path)
         # A hub id ("org/name") looks like a relative path; only an existing folder is one.
         local = ":" not in spec.path and Path(resolved).is_dir()
         models[name] = replace(spec, path=resolved) if local else spec
-    return replace(experiment, data=data, adapter=adapter, models=models)
+    return replace(experiment, data=data, adapter=adapter, engine=engine, models=models)
 
 
 __all__ = ["bundled_config", "dump_experiment", "load_experiment"]

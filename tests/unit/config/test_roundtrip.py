@@ -71,9 +71,14 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "type": st.sampled_from(["auto", "lora", "pq_lora"]),
         "alignment": st.none() | st.just("bundled") | ABSOLUTE,
     },
+    "engine": {"deepspeed": st.none() | ABSOLUTE},
     "sketch": {"proxy": st.none()},
     "faults": {"policy": st.just("drop")},  # a quorum needs it
     "evaluation": {"compare": st.lists(st.sampled_from(["local", "fedavg"])).map(tuple)},
+}
+SPEC: dict[str, st.SearchStrategy[Any]] = {
+    "path": TEXT.map(lambda name: f"org/{name}"),
+    "engine": st.sampled_from(["auto", "deepspeed"]),  # "torch" trains on one rank
 }
 EXPERIMENTS = st.builds(
     Experiment,
@@ -82,9 +87,7 @@ EXPERIMENTS = st.builds(
         for name, cls in section_types().items()
         if name not in ("models", "strategy")
     },
-    models=st.dictionaries(
-        TEXT, section(ModelSpec, path=TEXT.map(lambda x: f"org/{x}")), max_size=3
-    ),
+    models=st.dictionaries(TEXT, section(ModelSpec, **SPEC), max_size=3),
     strategy=st.just({}) | st.just({"temperature": 0.25, "top_k": None}),
 )
 
