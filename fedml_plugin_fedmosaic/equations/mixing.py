@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
 
+TILE_COLUMNS = 1 << 12
+"""Whoever divides the entries of the vectors among several calls of :func:`mix` does so at multiples
+of this, passes all sources and rows to each, and gets the same bits as from one call."""
+
 _BLOCK_ELEMENTS = 1 << 17
 
 
