@@ -123,8 +123,8 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
         ConfigError: no such model, files are missing or damaged, or the model is of a kind that
             this package cannot train.
     """
-    source = _resolve(name, spec.path)
-    with _errors_named(name, spec.path), _no_progress_bars():
+    source = resolve(name, spec.path)
+    with errors_named(name, spec.path), _no_progress_bars():
         fields, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
         vision_type = (fields.get("vision_config") or {}).get("model_type")
         if vision_type == CACHED_TOWER:
@@ -218,8 +218,12 @@ def size_label(num_parameters: int) -> str:
     return f"{num_parameters / 1e3:.0f}K"
 
 
-def _resolve(name: str, path: str) -> str:
-    """The folder or hub id that a specification means."""
+def resolve(name: str, path: str) -> str:
+    """The folder or hub id that a specification means.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     if path.startswith(BUNDLED):
         root = resources.files("fedml_plugin_fedmosaic") / "assets" / "models"
         folder = Path(str(root)) / path.removeprefix(BUNDLED)
@@ -248,7 +252,8 @@ def _resolve(name: str, path: str) -> str:
 
 
 @contextmanager
-def _errors_named(name: str, path: str) -> Iterator[None]:
+def errors_named(name: str, path: str) -> Iterator[None]:
+    """Turns the library's errors while a model is read into :class:`ConfigError`."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -293,7 +298,7 @@ def _load_tokenizer(source: str) -> Any:
 def _image_source(source: str, vision_type: str | None, name: str, path: str) -> ImageSource:
     if vision_type == CACHED_TOWER:
         return bundled_features()
-    with _errors_named(name, path):
+    with errors_named(name, path):
         return PixelSource(AutoImageProcessor.from_pretrained(source, local_files_only=True))
 
 
