@@ -18,6 +18,8 @@ from fedml_plugin_fedmosaic.config.yamlfile import (
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 
 _EXAMPLE = "write --set section.key=value, for example --set train_args.comm_round=2"
+_ALIASES = {"algo": "train_args.federated_optimizer", "seed": "common_args.random_seed"}
+"""Short names of two keys that are changed all the time."""
 
 
 def _all_keys() -> Iterator[str]:
@@ -27,7 +29,7 @@ def _all_keys() -> Iterator[str]:
 
 
 def _from_bare_key(key: str) -> KeyPath:
-    homes = homes_of(key)
+    homes = (_ALIASES[key],) if key in _ALIASES else homes_of(key)
     if len(homes) == 1:
         return tuple(homes[0].split("."))
     if homes:
@@ -42,7 +44,8 @@ def resolve_key(text: str) -> KeyPath:
     """The full path of a key in any of its accepted spellings.
 
     ``optim_args.optim.batch_size``, ``optim_args.batch_size``, ``optim.batch_size`` and, where it
-    exists in one section only, the bare key.
+    exists in one section only, the bare key; ``seed`` and ``algo`` for the random seed and the
+    strategy.
 
     Raises:
         ConfigError: no such section or key, or a bare key of several sections.
