@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.equations.tiles import in_order
 
 Similarity = Literal["columns", "flat"]
 """``columns``: see :func:`column_similarity`; ``flat``: see :func:`flat_similarity`."""
@@ -23,11 +24,11 @@ _MAX_SEGMENTS = 64
 _SEGMENT_ELEMENTS = 1 << 12
 _SEGMENT_STEP = 16
 _TILE_CLIENTS = 32
-_BLOCK_ELEMENTS = 1 << 20
-"""Entries of all clients' column blocks together: third-level cache."""
+_BLOCK_ELEMENTS = 1 << 24
+"""Entries of all clients' column blocks together: 64 MiB in float32."""
 _PRODUCT_LENGTH = 1 << 14
 """Terms of an inner product that are summed in float32 before float64 takes over."""
-_GROUP_ELEMENTS = 1 << 17
+_GROUP_ELEMENTS = 1 << 18
 """Entries that are squared and summed at a time: second-level cache."""
 
 
@@ -36,13 +37,13 @@ def column_similarity(sketches: Sequence[Tensor], block_columns: int | None = No
 
     The released code gathers one column at a time. With every column scaled to length 1 and the
     sketch flattened to x_i, the same number is x_i . x_j / columns: one matrix product, done here
-    in column blocks that stay in cache, half of it by symmetry, and summed over blocks in float64.
+    in column blocks, half of it by symmetry, and summed over blocks in float64.
 
     Args:
         sketches: N >= 1 tensors (rows, columns) of one shape; float64 is computed in float64,
             anything else in float32. Norms are floored at 1e-12, so a zero column counts as
             cosine 0, even with itself.
-        block_columns: columns per block; about 4 MiB of cache in all when omitted.
+        block_columns: columns per block; about 64 MiB in all when omitted.
 
     Returns:
         (N, N) float64 on the CPU, exactly symmetric, in [-1, 1] up to rounding.
@@ -171,42 +172,56 @@ def _gram(
     width = max(1, min(block_columns, columns))
     wide = any(sketch.dtype == torch.float64 for sketch in sketches)
     dtype = torch.float64 if wide else torch.float32
-    device = sketches[0].device
-    storage = torch.empty(count * rows * width, dtype=dtype, device=device)
+    storage = torch.empty(count * rows * width, dtype=dtype, device=sketches[0].device)
     gram = torch.zeros(count, count, dtype=torch.float64)
+    pairs = _tile_pairs(count, wanted)
+    for start in range(0, columns, width):
+        size = min(width, columns - start)
+        block = storage[: count * rows * size].view(count, rows, size)
+        _fill(block, [sketch[:, start : start + size] for sketch in sketches], normalise=normalise)
+        _add_products(gram, block.view(count, rows * size), pairs)
+    return gram
+
+
+def _tile_pairs(count: int, wanted: frozenset[int] | None) -> list[tuple[slice, slice]]:
+    """The pairs of client tiles, upper first, that hold a wanted entry or the diagonal."""
     tiles = [slice(at, min(at + _TILE_CLIENTS, count)) for at in range(0, count, _TILE_CLIENTS)]
-    used = [wanted is None or any(tile.start <= i < tile.stop for i in wanted) for tile in tiles]
-    pairs = [
+    used = [wanted is None or not wanted.isdisjoint(range(tile.start, tile.stop)) for tile in tiles]
+    return [
         (tiles[upper], tiles[lower])
         for upper in range(len(tiles))
         for lower in range(upper, len(tiles))
         if upper == lower or used[upper] or used[lower]
     ]
-    for start in range(0, columns, width):
-        size = min(width, columns - start)
-        block = storage[: count * rows * size].view(count, rows, size)
-        _fill(block, sketches, start, normalise=normalise)
-        flat = block.view(count, rows * size)
-        for at in range(0, flat.shape[1], _PRODUCT_LENGTH):
-            piece = flat[:, at : at + _PRODUCT_LENGTH]
-            for upper, lower in pairs:
-                gram[upper, lower] += torch.mm(piece[upper], piece[lower].T).cpu()
-    return gram
 
 
-def _fill(block: Tensor, sketches: Sequence[Tensor], start: int, *, normalise: bool) -> None:
-    """Copies columns ``start ..`` of all sketches into (N, rows, size), scaled to length 1."""
+def _add_products(gram: Tensor, flat: Tensor, pairs: Sequence[tuple[slice, slice]]) -> None:
+    """Adds the inner products of the rows of ``flat``, tile by tile."""
+
+    def products(at: int) -> list[Tensor]:
+        piece = flat[:, at : at + _PRODUCT_LENGTH]
+        return [torch.mm(piece[upper], piece[lower].T).cpu() for upper, lower in pairs]
+
+    for made in in_order(products, range(0, flat.shape[1], _PRODUCT_LENGTH)):
+        for (upper, lower), product in zip(pairs, made, strict=True):
+            gram[upper, lower] += product
+
+
+def _fill(block: Tensor, pieces: Sequence[Tensor], *, normalise: bool) -> None:
+    """Copies (rows, size) pieces into (N, rows, size), columns scaled to length 1 if asked."""
     count, rows, size = block.shape
     group = max(1, _GROUP_ELEMENTS // (rows * size))
-    scratch = torch.empty_like(block[:group])
-    for first in range(0, count, group):
+
+    def fill(first: int) -> None:
         part = block[first : first + group]
-        for values, sketch in zip(part, sketches[first : first + group], strict=True):
-            values.copy_(sketch[:, start : start + size])
+        for values, piece in zip(part, pieces[first : first + group], strict=True):
+            values.copy_(piece)
         if normalise:
-            squares = torch.mul(part, part, out=scratch[: len(part)])
-            norms = squares.sum(dim=1, keepdim=True).sqrt_().clamp_min_(_NORM_FLOOR)
-            part.mul_(norms.reciprocal_())
+            norms = torch.mul(part, part).sum(dim=1, keepdim=True).sqrt_()
+            part.mul_(norms.clamp_min_(_NORM_FLOOR).reciprocal_())
+
+    for _ in in_order(fill, range(0, count, group)):
+        pass
 
 
 def _finish(similarity: Tensor) -> Tensor:

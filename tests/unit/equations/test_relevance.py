@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.equations.relevance import (
+    Similarity,
+    column_segments,
     column_similarity,
+    finish_similarity,
     flat_similarity,
     relevance_weights,
+    segment_products,
 )
 
 
@@ -162,3 +166,51 @@ def test_wrong_weights_inputs_are_refused() -> None:
         relevance_weights(torch.ones(2, 2), 0.0)
     with pytest.raises(PlanError, match="participants"):
         relevance_weights(torch.ones(2, 2), 0.5, [0, 2])
+
+
+@pytest.mark.parametrize("kind", ["columns", "flat"])
+def test_segments_have_the_same_bits_on_any_number_of_threads(kind: Similarity) -> None:
+    sketches = _sketches(37, rows=65, columns=1000, dtype=torch.float32)
+    segments = column_segments(65, 1000)
+    assert len(segments) == 16
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            # In another order, from pieces of other strides: as if other ranks had made them.
+            parts = {
+                segment.start: segment_products(
+                    [sketch[:, segment].contiguous() for sketch in sketches], kind
+                )
+                for segment in (segments if count == 1 else segments[::-1])
+            }
+            total = torch.zeros(37, 37, dtype=torch.float64)
+            for start in sorted(parts):
+                total += parts[start]
+            results.append(finish_similarity(total, kind, 1000))
+    finally:
+        torch.set_num_threads(threads)
+    whole = column_similarity(sketches) if kind == "columns" else flat_similarity(sketches)
+    assert all(torch.equal(result, whole) for result in results)
+
+
+def test_fresh_rows_have_the_bits_of_the_whole_although_the_others_are_zero() -> None:
+    sketches = _sketches(70, rows=4, columns=50, dtype=torch.float32)
+    fresh, absent = [3, 40], [5, 69]
+    pieces = [torch.zeros(4, 50) if i in absent else s for i, s in enumerate(sketches)]
+    whole = finish_similarity(segment_products(sketches, "columns"), "columns", 50)
+    part = finish_similarity(segment_products(pieces, "columns", fresh=fresh), "columns", 50)
+    here = [client for client in range(70) if client not in absent]
+    assert torch.equal(part[fresh][:, here], whole[fresh][:, here])
+
+
+@given(st.integers(1, 2000), st.integers(1, 20_000))
+def test_segments_cover_the_columns_once(rows: int, columns: int) -> None:
+    segments = column_segments(rows, columns)
+    assert segments[0].start == 0
+    assert segments[-1].stop == columns
+    assert [s.stop for s in segments[:-1]] == [s.start for s in segments[1:]]
+    assert len(segments) <= 64
+    assert all(s.start % 16 == 0 for s in segments)
+    assert all((s.stop - s.start) * rows >= 4096 for s in segments[:-1])
