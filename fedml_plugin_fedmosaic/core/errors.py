@@ -27,9 +27,14 @@ class FedMosaicError(Exception):
     Args:
         message: one sentence that says what is wrong and where.
         hint: one sentence that says what to do about it (optional).
+
+    Attributes:
+        exit_code: of the process that it ends.
+        everywhere: whether every rank of the job raises the same error, so that one may speak.
     """
 
     exit_code: int = 1
+    everywhere: bool = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

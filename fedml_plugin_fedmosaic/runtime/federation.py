@@ -16,18 +16,32 @@ from pathlib import Path
 
 import torch
 
+from fedml_plugin_fedmosaic.comm.base import Communicator
+from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
 from fedml_plugin_fedmosaic.config.loader import dump_experiment
-from fedml_plugin_fedmosaic.config.sections import Experiment, ModelSpec
-from fedml_plugin_fedmosaic.core.errors import ConfigError, FedMosaicError
+from fedml_plugin_fedmosaic.config.sections import Experiment
+from fedml_plugin_fedmosaic.core.errors import ConfigError, FedMosaicError, LaunchError
 from fedml_plugin_fedmosaic.core.events import EventSink, RunFinished
-from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS, DATASETS
+from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.data.base import FederatedData
+from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES
+from fedml_plugin_fedmosaic.launch.env import world
+from fedml_plugin_fedmosaic.launch.topology import Topology
 from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_base
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
+from fedml_plugin_fedmosaic.runtime.setup import (
+    choose_proxy,
+    needed_models,
+    open_communicator,
+    outline_models,
+    plan_ranks,
+    together,
+    used_models,
+)
 from fedml_plugin_fedmosaic.runtime.sinks import FanOut, JsonLines, merge_rank_files
 from fedml_plugin_fedmosaic.runtime.status import say_ended, say_running
 from fedml_plugin_fedmosaic.runtime.store import write_atomic
@@ -43,26 +57,6 @@ class RunSummary:
     strategies: tuple[str, ...]
     duration_s: float
     train_s: float
-
-
-def _check_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelSpec]:
-    """The models that the scenario uses, by name."""
-    used = sorted({client.model_id for client in data.clients})
-    unknown = [name for name in used if name not in experiment.models]
-    if unknown:
-        known = ", ".join(experiment.models) or "none"
-        raise ConfigError(
-            f"the scenario uses model(s) {', '.join(unknown)} that model_args.models does not "
-            f"define; defined: {known}",
-            hint="add one entry per model_id of the scenario: {path: FOLDER_OR_HUB_ID}",
-        )
-    proxy = experiment.sketch.proxy
-    if proxy is not None and proxy not in experiment.models:
-        raise ConfigError(
-            f"sketch_args.sketch.proxy: no model {proxy!r}; defined: {', '.join(experiment.models)}"
-        )
-    names = used if proxy is None or proxy in used else [*used, proxy]
-    return {name: experiment.models[name] for name in names}
 
 
 def _check_clients(experiment: Experiment, data: FederatedData) -> None:
@@ -131,8 +125,11 @@ class PreparedRun:
 
     experiment: Experiment
     data: FederatedData
+    outlines: Mapping[str, ModelInfo]
     bundles: Mapping[str, ModelBundle]
     proxy: str
+    topology: Topology
+    comm: Communicator | None
     run_dir: Path
     sinks: tuple[EventSink, ...]
     hooks: RoundHooks
@@ -149,8 +146,10 @@ class PreparedRun:
             ("proxy model", self.proxy),
             ("run folder", str(self.run_dir)),
         ]
-        for name, bundle in self.bundles.items():
-            info = bundle.info
+        if self.topology.size > 1:
+            lines.append(("ranks", str(self.topology.size)))
+            lines += self.topology.describe()
+        for name, info in self.outlines.items():
             lines.append(
                 (
                     f"model {name}",
@@ -179,18 +178,25 @@ class PreparedRun:
             say_ended(self.run_dir, code, str(error).partition("\n")[0] or type(error).__name__)
             raise
 
+    def _communicator(self) -> Communicator:
+        if self.comm is None:
+            raise LaunchError(
+                f"this run was prepared for {self.topology.size} ranks without starting them",
+                hint="start it with --backend MPI -np N, and leave ranks out",
+            )
+        return self.comm
+
     def _execute(self) -> RunSummary:
         started = time.perf_counter()
-        comm = COMMUNICATORS["mpi" if self.experiment.comm.backend == "MPI" else "local"]()
+        comm = self._communicator()
         metrics_name = "metrics.jsonl" if comm.rank == 0 else f"metrics.rank{comm.rank}.jsonl"
-        # Every rank has chosen the same free folder before rank 0 takes it.
-        comm.barrier()
         if comm.rank == 0:
             self._write_header()
             say_running(self.run_dir)
         comm.barrier()
         metrics = JsonLines(self.run_dir / metrics_name)
-        sink = FanOut([metrics, *self.sinks])
+        # The other ranks of a group see the same events as its leader.
+        sink = FanOut([metrics, *self.sinks] if comm.is_leader else [])
         owned = comm.owned([client.client_id for client in self.data.clients])
         train_s = 0.0
         try:
@@ -236,13 +242,15 @@ class PreparedRun:
         write_atomic(self.run_dir / "config.yaml", dump_experiment(self.experiment).encode())
         environment = collect_environment(seed=self.experiment.common.random_seed)
         write_atomic(self.run_dir / "environment.json", json.dumps(environment, indent=1).encode())
+        topology = json.dumps(self.topology.to_json(), indent=1)
+        write_atomic(self.run_dir / "topology.json", topology.encode())
         clients = [
             {
                 "client_id": client.client_id,
                 "model": client.model_id,
-                "family": self.bundles[client.model_id].info.family,
-                "size": self.bundles[client.model_id].info.size,
-                "signature": self.bundles[client.model_id].info.signature,
+                "family": self.outlines[client.model_id].family,
+                "size": self.outlines[client.model_id].size,
+                "signature": self.outlines[client.model_id].signature,
                 "tasks": [task.name for task in client.tasks],
                 "num_examples": sum(len(samples) for samples in client.train),
             }
@@ -256,52 +264,73 @@ def prepare_run(
     run_dir: Path | None = None,
     sinks: Sequence[EventSink] = (),
     hooks: RoundHooks | None = None,
+    *,
+    ranks: int | None = None,
 ) -> PreparedRun:
     """Loads data and models and checks that every strategy can run; writes no run folder.
+
+    With backend MPI all ranks of the job call it. Each loads the base models of its own clients;
+    a mistake that one of them finds is raised on all.
 
     Args:
         experiment: validated configuration.
         run_dir: run folder; must not exist or be empty. A new one under ``run.root`` by default.
         sinks: consumers of events, beside the metrics file.
         hooks: the host framework's hooks.
+        ranks: plan and check for so many ranks, but in this process alone and without MPI; the
+            result can be described, not executed. None: the ranks of this job.
 
     Raises:
-        ConfigError: configuration, scenario and models do not fit together.
+        ConfigError: configuration, scenario and models do not fit together, or the clients need
+            more ranks than there are.
         DataError: the data are broken.
         AdapterError: rank or number of blocks is more than a model allows.
+        LaunchError: the ranks that were started do not form one MPI job, or backend sp was started
+            on several.
     """
+    world_size = world(experiment.comm.backend)[1] if ranks is None else ranks
     names = strategies_of(experiment)
     for name in names:
         build_strategy(name, experiment)
-    chosen_dir = _claim_run_dir(experiment, run_dir)
     if experiment.device.num_threads is not None:
         torch.set_num_threads(experiment.device.num_threads)
     device = _device(experiment)
     data = DATASETS[experiment.data.source](experiment.data)
     _check_clients(experiment, data)
-    bundles = {
-        name: load_model(name, spec, device)
-        for name, spec in _check_models(experiment, data).items()
-    }
-    proxy = experiment.sketch.proxy or min(
-        bundles, key=lambda name: (bundles[name].info.num_parameters, name)
+    models = used_models(experiment, data)
+    outlines = outline_models(models)
+    proxy = choose_proxy(experiment, outlines)
+    topology = plan_ranks(experiment, data, outlines, world_size)
+    comm = open_communicator(experiment, topology) if ranks is None else LocalCommunicator()
+    # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
+    chosen = together(comm, lambda: _claim_run_dir(experiment, run_dir) if comm.rank == 0 else None)
+    chosen_dir = Path(comm.share(str(chosen))[0])
+    needed = needed_models(data, comm, names, proxy)
+    bundles = together(
+        comm, lambda: {name: load_model(name, models[name], device) for name in needed}
     )
+    for name in names:
+        try:
+            StrategyRun.check(name, experiment, data, bundles, comm)
+        except FedMosaicError as error:
+            error.add_note(f"while checking strategy {name!r}")
+            raise
     prepared = PreparedRun(
         experiment=experiment,
         data=data,
+        outlines=outlines,
         bundles=bundles,
         proxy=proxy,
+        topology=topology,
+        comm=comm if ranks is None else None,
         run_dir=chosen_dir,
         sinks=tuple(sinks),
         hooks=hooks or NoHooks(),
     )
-    for name in names:
-        try:
-            StrategyRun.check(name, experiment, data, bundles)
-        except FedMosaicError as error:
-            error.add_note(f"while checking strategy {name!r}")
-            raise
-    LOG.info("prepared %s: %d clients, models %s", names, len(data.clients), ", ".join(bundles))
+    LOG.info("prepared %s: %d clients, models %s", names, len(data.clients), ", ".join(outlines))
+    if comm.rank == 0 and topology.size > 1:
+        for label, value in topology.describe():
+            LOG.info("%s: %s", label, value)
     return prepared
 
 

@@ -29,6 +29,7 @@ from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
 from fedml_plugin_fedmosaic.runtime.faults import FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
+from fedml_plugin_fedmosaic.runtime.setup import share_manifests, together
 from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, to_rows
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
 from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
@@ -82,7 +83,8 @@ class StrategyRun:
         self.clients_per_round = experiment.train.client_num_per_round or len(data.clients)
         self.strategy = build_strategy(name, experiment)
         self.pool = EnginePool(experiment, bundles, self.strategy.adapter)
-        self.proxy = bundles[proxy]
+        # Only ranks that compute sketches have loaded it.
+        self.proxy = bundles.get(proxy)
         self.store = CheckpointStore(
             run_dir / "checkpoints" / name, keep_last=experiment.run.keep_last, rank=comm.rank
         )
@@ -96,18 +98,23 @@ class StrategyRun:
         experiment: Experiment,
         data: FederatedData,
         bundles: Mapping[str, ModelBundle],
+        comm: Communicator,
     ) -> None:
-        """Builds engines, clients and server state, and lets them go again.
+        """Builds engines, clients and server state, and lets them go again; all ranks call it.
+
+        Each rank builds its own clients; their manifests are exchanged, so that the server's state
+        is checked with all of them.
 
         Raises:
-            FedMosaicError: models, adapters, data and strategy do not fit together.
+            FedMosaicError: models, adapters, data and strategy do not fit together, on any rank.
         """
         strategy = build_strategy(name, experiment)
         pool = EnginePool(experiment, bundles, strategy.adapter)
+        owned = comm.owned([client.client_id for client in data.clients])
         try:
-            clients = build_clients(experiment, data, pool, strategy)
-            manifests = [client.manifest for client in clients.values()]
-            strategy.init(manifests, experiment.common.random_seed)
+            clients = together(comm, lambda: build_clients(experiment, data, pool, strategy, owned))
+            manifests = share_manifests(comm, [client.manifest for client in clients.values()])
+            together(comm, lambda: strategy.init(manifests, experiment.common.random_seed))
         finally:
             pool.close()
 
@@ -119,32 +126,20 @@ class StrategyRun:
             self.pool.close()
 
     def _execute(self) -> None:
-        clients = build_clients(self.experiment, self.data, self.pool, self.strategy)
-        owned = set(self.comm.owned(list(clients)))
-        state: ServerState = self.strategy.init(
-            [client.manifest for client in clients.values()], self.seed
-        )
-        sketcher = (
-            SketchEngine(
-                self.proxy,
-                self.experiment.sketch,
-                self.seed,
-                grad_accumulation=self.experiment.optim.grad_accumulation,
-            )
-            if self.strategy.needs_sketch
-            else None
-        )
+        owned = self.comm.owned([client.client_id for client in self.data.clients])
+        mine = build_clients(self.experiment, self.data, self.pool, self.strategy, owned)
+        manifests = share_manifests(self.comm, [client.manifest for client in mine.values()])
+        state: ServerState = self.strategy.init(manifests, self.seed)
         self.sink(
             RunStarted(
                 strategy=self.name,
                 num_rounds=self.num_rounds,
-                num_clients=len(clients),
+                num_clients=len(manifests),
                 clients_per_round=self.clients_per_round,
                 run_dir=str(self.run_dir),
             )
         )
-        trainer = CohortTrainer(self.name, self.sink, self.hooks, sketcher, self.guard)
-        mine = {client_id: clients[client_id] for client_id in sorted(owned)}
+        trainer = CohortTrainer(self.name, self.sink, self.hooks, self._sketcher(mine), self.guard)
         downlinks: dict[int, SharedTensors] = {}
         uploads: dict[int, SharedTensors] = {}
         for round_idx in range(self.num_rounds):
@@ -159,6 +154,19 @@ class StrategyRun:
             self._report_round(round_idx, time.perf_counter() - began)
             self._checkpoint(round_idx, state, mine, trained, downlinks)
             self._evaluate(round_idx, mine)
+
+    def _sketcher(self, mine: Mapping[int, ClientRunner]) -> SketchEngine | None:
+        """Computes sketches: once per rank group, on its leader."""
+        if not (self.strategy.needs_sketch and self.comm.is_leader and mine):
+            return None
+        if self.proxy is None:
+            raise ConfigError("the proxy model was not loaded on the leader of a rank group")
+        return SketchEngine(
+            self.proxy,
+            self.experiment.sketch,
+            self.seed,
+            grad_accumulation=self.experiment.optim.grad_accumulation,
+        )
 
     def _aggregate(
         self,
@@ -215,7 +223,9 @@ class StrategyRun:
             return
         # With save_every > 1 a client may have trained in a round that was not saved.
         changed = {i: client.state for i, client in mine.items() if client.dirty or i in trained}
-        written = self.store.save_clients(round_idx, changed, downlinks)
+        written = (
+            self.store.save_clients(round_idx, changed, downlinks) if self.comm.is_leader else {}
+        )
         for client_id in changed:
             mine[client_id].dirty = False
         self.comm.barrier()

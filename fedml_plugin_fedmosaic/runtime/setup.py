@@ -1,0 +1,217 @@
+"""Who trains what: ranks, clients and base models of a run, before anything is loaded.
+
+Costs come from the models' configurations, so every rank can plan the whole job alone; the plan is
+a pure function, so all ranks make the same. Only then does a rank load the base models that the
+clients of its group need.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import TypeVar
+
+import torch
+
+from fedml_plugin_fedmosaic.comm.base import Communicator
+from fedml_plugin_fedmosaic.config.sections import Experiment, ModelSpec
+from fedml_plugin_fedmosaic.core import errors
+from fedml_plugin_fedmosaic.core.errors import CommError, ConfigError, FedMosaicError
+from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS, STRATEGIES
+from fedml_plugin_fedmosaic.core.types import ClientManifest
+from fedml_plugin_fedmosaic.data.base import FederatedData
+from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.outline import outline_model
+from fedml_plugin_fedmosaic.launch.topology import ClientLoad, Topology, plan_topology
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def used_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelSpec]:
+    """The models that the scenario and the sketches use, by name.
+
+    Raises:
+        ConfigError: one of them is not in the configuration.
+    """
+    used = sorted({client.model_id for client in data.clients})
+    unknown = [name for name in used if name not in experiment.models]
+    if unknown:
+        known = ", ".join(experiment.models) or "none"
+        raise ConfigError(
+            f"the scenario uses model(s) {', '.join(unknown)} that model_args.models does not "
+            f"define; defined: {known}",
+            hint="add one entry per model_id of the scenario: {path: FOLDER_OR_HUB_ID}",
+        )
+    proxy = experiment.sketch.proxy
+    if proxy is not None and proxy not in experiment.models:
+        raise ConfigError(
+            f"sketch_args.sketch.proxy: no model {proxy!r}; defined: {', '.join(experiment.models)}"
+        )
+    names = used if proxy is None or proxy in used else [*used, proxy]
+    return {name: experiment.models[name] for name in names}
+
+
+def outline_models(models: Mapping[str, ModelSpec]) -> dict[str, ModelInfo]:
+    """What each model is, without loading it."""
+    return {name: outline_model(name, spec) for name, spec in models.items()}
+
+
+def choose_proxy(experiment: Experiment, outlines: Mapping[str, ModelInfo]) -> str:
+    """The model whose gradients are compared: the configured one, or the smallest."""
+    return experiment.sketch.proxy or min(
+        outlines, key=lambda name: (outlines[name].num_parameters, name)
+    )
+
+
+def client_loads(
+    experiment: Experiment, data: FederatedData, outlines: Mapping[str, ModelInfo]
+) -> list[ClientLoad]:
+    """What each client asks of the ranks: parameters of its model times optimizer steps."""
+    steps = experiment.optim.num_steps * STRATEGIES[experiment.algo].relative_steps
+    return [
+        ClientLoad(
+            client_id=client.client_id,
+            ranks=experiment.models[client.model_id].ranks,
+            cost=outlines[client.model_id].num_parameters * steps,
+        )
+        for client in data.clients
+    ]
+
+
+def plan_ranks(
+    experiment: Experiment,
+    data: FederatedData,
+    outlines: Mapping[str, ModelInfo],
+    world_size: int,
+) -> Topology:
+    """Which ranks train which clients.
+
+    Raises:
+        ConfigError: the world is too small, or a client on several ranks cannot be trained so.
+    """
+    loads = client_loads(experiment, data, outlines)
+    wide = [load for load in loads if load.ranks > 1]
+    if wide and experiment.comm.backend == "sp":
+        model = next(c.model_id for c in data.clients if c.client_id == wide[0].client_id)
+        needed = sum({load.ranks for load in loads})
+        raise ConfigError(
+            f"client {wide[0].client_id} needs {wide[0].ranks} ranks "
+            f"(model_args.models.{model}.ranks), but backend sp is one process",
+            hint=f"start the run with --backend MPI -np {needed}, or set ranks: 1",
+        )
+    if wide and experiment.dp.enable_dp:
+        raise ConfigError(
+            f"dp_args.enable_dp: client {wide[0].client_id} is trained by {wide[0].ranks} ranks, "
+            "and each of them would draw noise of its own",
+            hint="set ranks: 1 for all models of a run with differential privacy",
+        )
+    return plan_topology(world_size, loads)
+
+
+def open_communicator(experiment: Experiment, topology: Topology) -> Communicator:
+    """The communicator of the run; with MPI all ranks call it.
+
+    Raises:
+        CommError: MPI cannot be loaded.
+    """
+    if experiment.comm.backend == "sp":
+        local: Communicator = COMMUNICATORS["local"]()
+        return local
+    from fedml_plugin_fedmosaic.comm.mpi_groups import GroupCommunicator
+
+    if topology.idle:
+        LOG.warning(
+            "%d of %d ranks have no client: %s", len(topology.idle), topology.size, topology.idle
+        )
+    comm = GroupCommunicator([group.ranks for group in topology.groups], topology.owners)
+    _share_cores(experiment, comm.local_size)
+    return comm
+
+
+def _share_cores(experiment: Experiment, ranks_here: int) -> None:
+    """Gives each rank of this node its part of the cores, unless someone has chosen."""
+    if experiment.device.num_threads is not None or "OMP_NUM_THREADS" in os.environ:
+        return
+    visible = len(os.sched_getaffinity(0))
+    share = max(1, (os.cpu_count() or 1) // ranks_here)
+    torch.set_num_threads(min(visible, share))
+
+
+def needed_models(
+    data: FederatedData,
+    comm: Communicator,
+    strategies: Collection[str],
+    proxy: str,
+) -> list[str]:
+    """Names of the base models that this rank loads.
+
+    Those of its group's clients; on a leader whose clients send sketches also the proxy, which is
+    loaded once if a client has the same model.
+    """
+    owned = set(comm.owned([client.client_id for client in data.clients]))
+    names = {client.model_id for client in data.clients if client.client_id in owned}
+    if names and comm.is_leader and any(STRATEGIES[name].needs_sketch for name in strategies):
+        names.add(proxy)
+    return sorted(names)
+
+
+def together(comm: Communicator, work: Callable[[], T]) -> T:
+    """Does the work on every rank, and fails on every rank if it fails on one.
+
+    The ranks whose work went well raise the error of the first rank whose work did not, so that
+    nobody waits for a rank that is gone; such an error has ``everywhere`` set.
+
+    Raises:
+        FedMosaicError: what ``work`` raised on the first rank that failed.
+    """
+    result: list[T] = []
+    problem: FedMosaicError | None = None
+    try:
+        result.append(work())
+    except FedMosaicError as error:
+        problem = error
+    said = None
+    if problem is not None:
+        notes = list(getattr(problem, "__notes__", ()))
+        said = [type(problem).__name__, problem.message, problem.hint, notes]
+    for rank, text in enumerate(comm.share(json.dumps(said))):
+        found = json.loads(text)
+        if found is None:
+            continue
+        if problem is None or rank != comm.rank:
+            problem = _rebuilt(rank, *found)
+        problem.everywhere = True
+        raise problem
+    return result[0]
+
+
+def _rebuilt(
+    rank: int, name: str, message: str, hint: str | None, notes: Sequence[str]
+) -> FedMosaicError:
+    kind = getattr(errors, name, CommError)
+    # An error class with arguments of its own cannot be made again from its message.
+    plain = kind if kind.__init__ is FedMosaicError.__init__ else CommError
+    error: FedMosaicError = plain(message, hint=hint)
+    for note in notes:
+        error.add_note(note)
+    error.add_note(f"found by rank {rank}")
+    return error
+
+
+def share_manifests(
+    comm: Communicator, mine: Sequence[ClientManifest]
+) -> tuple[ClientManifest, ...]:
+    """The manifests of all clients, ascending by client id, on every rank.
+
+    Args:
+        comm: all ranks call it.
+        mine: manifests of the clients of this rank's group.
+    """
+    own = [asdict(manifest) for manifest in mine] if comm.is_leader else []
+    records = [record for text in comm.share(json.dumps(own)) for record in json.loads(text)]
+    manifests = [ClientManifest(**{**item, "tasks": tuple(item["tasks"])}) for item in records]
+    return tuple(sorted(manifests, key=lambda manifest: manifest.client_id))
