@@ -236,10 +236,11 @@ class FaultGuard:
                 raise named from error
             client.restore(before)
             self._drop(client.client_id, round_idx, *found)
-            _clear_frames(error)
+            out_of_memory = _let_go(error)
         else:
             return
-        free_memory()
+        if out_of_memory:
+            free_memory()
 
     def check(self, shape: UpdateShape, update: ClientUpdate) -> None:
         """Refuses an update that must not be mixed.
@@ -362,17 +363,24 @@ def _own_words(failure: ClientFailure) -> tuple[str, str]:
     return failure.stage, failure.message.removeprefix(head)
 
 
-def _clear_frames(error: BaseException) -> None:
-    """Lets go of what the failed functions held: their tensors would live as long as the error."""
+def _let_go(error: BaseException) -> bool:
+    """Lets go of what the failed functions held: their tensors would live as long as the error.
+
+    Returns:
+        Whether memory had run out.
+    """
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
+    out_of_memory = False
     while queue:
         current = queue.pop()
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
+        out_of_memory |= isinstance(current, MemoryError | torch.OutOfMemoryError)
         traceback.clear_frames(current.__traceback__)
         queue += [current.__cause__, current.__context__]
+    return out_of_memory
 
 
 def free_memory() -> None:
