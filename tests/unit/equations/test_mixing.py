@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.equations import mixing
-from fedml_plugin_fedmosaic.equations.mixing import mix
+from fedml_plugin_fedmosaic.equations.mixing import TILE_COLUMNS, mix
 
 
 def _sources(count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
@@ -29,7 +33,7 @@ def test_mix_is_the_matrix_product() -> None:
 
 
 def test_every_entry_is_the_same_chain_of_rounded_operations() -> None:
-    sources, weights = _sources(4, 50), _weights(3, 4)
+    sources, weights = _sources(9, 50), _weights(3, 9)
     factors = weights.float()
     expected = torch.zeros(3, 50)
     for index, source in enumerate(sources):
@@ -38,25 +42,58 @@ def test_every_entry_is_the_same_chain_of_rounded_operations() -> None:
     assert _same_bits(mix(sources, weights), expected)
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("length", [1, 31, 1000, 70_001])
-def test_bits_do_not_depend_on_rows_entries_or_threads(length: int) -> None:
-    sources, weights = _sources(9, length), _weights(6, 9)
+def test_bits_of_few_rows_do_not_depend_on_rows_entries_or_threads(length: int) -> None:
+    sources, weights = _sources(9, length), _weights(3, 9)
     whole = mix(sources, weights)
-    for rows in ([0], [5, 2], [3, 3, 1]):
+    for rows in ([0], [2, 1], [1, 1, 0]):
         assert _same_bits(mix(sources, weights[rows]), whole[rows])
     middle = slice(length // 3, length // 3 + max(1, length // 2))
     assert _same_bits(mix([s[middle] for s in sources], weights), whole[:, middle])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with _threads(count):
             assert _same_bits(mix(sources, weights), whole)
-    finally:
-        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("targets", "count"), [(4, 4), (7, 9), (33, 33), (100, 100), (5, 130)])
+@pytest.mark.parametrize("ragged", [0, 1, 4099])
+def test_bits_of_many_rows_do_not_depend_on_tiles_or_threads(
+    targets: int, count: int, ragged: int
+) -> None:
+    tiles = 5
+    sources, weights = _sources(count, tiles * TILE_COLUMNS + ragged), _weights(targets, count)
+    whole = mix(sources, weights)
+    expected = weights.float() @ torch.stack(sources)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+    for share in ([0, 1, 6], [0, 2, 3, 6], [0, 1, 2, 3, 4, 6]):
+        for first, last in pairwise(share):
+            part = slice(first * TILE_COLUMNS, last * TILE_COLUMNS)
+            # Copied, as ranks receive them: aligned otherwise than in the whole vectors.
+            pieces = [torch.cat((torch.zeros(3), source[part]))[3:] for source in sources]
+            with _threads(len(share) - 1):
+                assert _same_bits(mix(pieces, weights), whole[:, part])
+
+
+def test_a_zero_weight_adds_nothing_to_many_rows() -> None:
+    sources, weights = _sources(6, 1000), _weights(5, 6)
+    weights[:, 2] = 0
+    whole = mix(sources, weights)
+    sources[2] = sources[2] * 1e30
+    assert torch.equal(mix(sources, weights), whole)
 
 
 def test_bits_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, weights = _sources(5, 9001), _weights(4, 5)
+    sources, weights = _sources(5, 9001), _weights(3, 5)
     whole = mix(sources, weights)
     monkeypatch.setattr(mixing, "_BLOCK_ELEMENTS", 4 * 1500)
     assert _same_bits(mix(sources, weights), whole)
