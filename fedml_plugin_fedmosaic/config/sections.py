@@ -309,6 +309,52 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LauncherConfig:
+    """``launcher_args: {launcher: ...}``: what ``fedmosaic submit`` asks a cluster for."""
+
+    type: str = "slurm"
+    """Launcher shelf member: ``slurm``, ``local`` (processes here) or ``debug`` (this process)."""
+    ranks: PositiveInt | None = None
+    """MPI ranks; one group of ranks per model when omitted, and 1 with backend ``sp``."""
+    nodes: PositiveInt | None = None
+    """Machines; as many as the GPUs need when omitted."""
+    gpus_per_node: NonNegativeInt | None = None
+    """GPUs of one machine that the job uses; at most 4 when omitted, none without ``using_gpu``."""
+    cpus_per_task: PositiveInt | None = None
+    """Cores per rank; 8 with a GPU, 1 without when omitted."""
+    mem_gib: PositiveFloat | None = None
+    """Memory per machine in GiB; from the sizes of the models when omitted."""
+    time_min: PositiveInt = 24 * 60
+    """Time limit in minutes."""
+    partition: str | None = None
+    """Queue; the site's default when omitted."""
+    account: str | None = None
+    """Account that pays."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the machines must have."""
+    extra: Mapping[str, str] = Field(default_factory=dict)
+    """Further ``sbatch`` options by long name, e.g. ``{exclude: n7}``."""
+    mpi: str = "pmix"
+    """Slurm's MPI plug-in, one of ``srun --mpi=list``; ``mpirun`` starts the ranks without srun."""
+    python: str | None = None
+    """Python of the ranks as shell words, e.g. ``apptainer exec --nv image.sif python``."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the ranks start, e.g. ``module load openmpi``."""
+    environment: Mapping[str, str] = Field(default_factory=dict)
+    """Variables of the ranks."""
+    heterogeneous: bool = False
+    """One component of a heterogeneous Slurm job per size class of clients."""
+    requeue: bool = True
+    """Queue the job again when it was stopped before its end."""
+    signal_s: PositiveInt = 120
+    """Seconds before the time limit at which the ranks save and stop."""
+    chain: PositiveInt = 1
+    """Jobs in a row, each going on where the one before was stopped, instead of requeueing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PrivacyConfig:
     """``dp_args``: FedML's differential privacy, in FedML's flat spelling."""
 
@@ -349,6 +395,7 @@ class Experiment:
     evaluation: EvalConfig = Field(default_factory=EvalConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+    launcher: LauncherConfig = Field(default_factory=LauncherConfig)
 
     @property
     def algo(self) -> str:
@@ -374,4 +421,5 @@ SECTION_OF: Mapping[str, tuple[str, str | None]] = {
     "evaluation": ("eval_args", "evaluation"),
     "faults": ("faults_args", "faults"),
     "run": ("run_args", "run"),
+    "launcher": ("launcher_args", "launcher"),
 }

@@ -46,6 +46,8 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             )
         case "array":
             return st.lists(values(schema["items"]), max_size=3).map(tuple)
+        case "object":
+            return st.dictionaries(TEXT, values(schema["additionalProperties"]), max_size=2)
         case other:
             return {"boolean": st.booleans(), "null": st.none(), "string": TEXT}[other]
 
