@@ -1,12 +1,11 @@
 """Contract of a communicator: it moves bytes and never knows why.
 
-Every communicator gives the same numbers as :class:`comm.local.LocalCommunicator`: float32
-accumulation, sources in ascending client id.
+Every communicator gives the same numbers as :class:`comm.local.LocalCommunicator`, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -14,9 +13,11 @@ from torch import Tensor
 from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
     ProcessWorld,
+    Relevance,
     SharedTensors,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.equations.relevance import Similarity
 
 
 class Communicator(Protocol):
@@ -36,6 +37,8 @@ class Communicator(Protocol):
             :meth:`exchange_headers`; the tensors are added by :meth:`execute`.
         downlink_bytes: client id -> bytes it received in the last :meth:`execute`, for clients
             that received any. Both are the same on every rank and for every communicator.
+        moved_bytes: what this rank really sent to other ranks in the last round, by stage:
+            ``headers``, ``relevance`` and ``mixing``.
     """
 
     rank: int
@@ -47,6 +50,7 @@ class Communicator(Protocol):
     is_leader: bool
     uplink_bytes: dict[int, int]
     downlink_bytes: dict[int, int]
+    moved_bytes: dict[str, int]
 
     def owned(self, client_ids: Sequence[int]) -> tuple[int, ...]:
         """The clients that this rank's group trains, ascending; the same on all its ranks."""
@@ -64,7 +68,27 @@ class Communicator(Protocol):
         ...
 
     def exchange_headers(self, headers: Sequence[UpdateHeader]) -> tuple[UpdateHeader, ...]:
-        """All ranks' headers of this round, ascending by client id."""
+        """All ranks' headers of this round, ascending by client id.
+
+        A sketch comes back with its shape only; its values stay with its owner.
+        """
+        ...
+
+    def relevance(
+        self, kind: Similarity, sketches: Mapping[int, Tensor], fresh: Collection[int]
+    ) -> Relevance:
+        """How similar the clients' sketches are, with the same bits on any number of ranks.
+
+        Args:
+            kind: which similarity; the same on every rank, like ``fresh``.
+            sketches: last sketches, float32 (rows, columns), of the clients this rank owns.
+            fresh: clients whose sketch is new. Similarities between two others are not computed.
+
+        Raises:
+            PlanError: shapes differ, or a sketch is missing, not finite or not float32; the same
+                error on every rank.
+            CommError: the ranks ask for different things, or a rank holds another rank's client.
+        """
         ...
 
     def execute(

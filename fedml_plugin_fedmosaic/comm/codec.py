@@ -1,4 +1,4 @@
-"""How tensors and headers become bytes: flat float32 vectors, and JSON plus raw buffers.
+"""How tensors and headers become bytes: flat float32 vectors, and JSON.
 
 No pickle: a received message can only ever become numbers and text.
 """
@@ -106,14 +106,8 @@ class Layout:
         }
 
 
-def to_bytes(tensor: Tensor) -> bytes:
-    """The tensor's float32 values, row by row, in this machine's byte order."""
-    flat = tensor.detach().to(dtype=torch.float32, device="cpu").contiguous()
-    return flat.numpy().tobytes()
-
-
-def _preamble(headers: Sequence[UpdateHeader]) -> bytes:
-    """What stands before the buffers: magic, length of the JSON part, JSON part."""
+def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
+    """Headers as magic, length of the JSON part, and JSON with the shapes of the sketches."""
     records = [
         {
             "client_id": header.client_id,
@@ -127,14 +121,8 @@ def _preamble(headers: Sequence[UpdateHeader]) -> bytes:
     return b"".join([_MAGIC, _LENGTH.pack(len(text)), text])
 
 
-def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
-    """Headers as magic, length of the JSON part, JSON part, and the sketches' float32 buffers."""
-    buffers = [to_bytes(header.sketch) for header in headers if header.sketch is not None]
-    return b"".join([_preamble(headers), *buffers])
-
-
 def decode_headers(payload: bytes) -> tuple[UpdateHeader, ...]:
-    """The inverse of :func:`encode_headers`.
+    """The inverse of :func:`encode_headers`; sketches are on the ``meta`` device.
 
     Raises:
         CommError: the payload is not what :func:`encode_headers` makes.
@@ -143,47 +131,30 @@ def decode_headers(payload: bytes) -> tuple[UpdateHeader, ...]:
     if len(payload) < start or payload[: len(_MAGIC)] != _MAGIC:
         raise CommError(f"a header message of {len(payload)} bytes does not start with {_MAGIC!r}")
     (length,) = _LENGTH.unpack_from(payload, len(_MAGIC))
-    try:
-        records: list[Mapping[str, Any]] = json.loads(payload[start : start + length])
-        shapes = [record["sketch"] for record in records]
-        expected = (
-            start
-            + length
-            + sum(FLOAT_BYTES * math.prod(shape) for shape in shapes if shape is not None)
+    if length != len(payload) - start:
+        raise CommError(
+            f"a header message has {len(payload)} bytes, its first part says {start + length}"
         )
-        if length < 0 or expected != len(payload):
-            raise CommError(
-                f"a header message has {len(payload)} bytes, its JSON part says {expected}"
+    try:
+        records: list[Mapping[str, Any]] = json.loads(payload[start:])
+        return tuple(
+            UpdateHeader(
+                client_id=int(record["client_id"]),
+                round_idx=int(record["round_idx"]),
+                num_examples=int(record["num_examples"]),
+                sketch=_shape_only(record["sketch"]),
             )
-        headers: list[UpdateHeader] = []
-        offset = start + length
-        for record, shape in zip(records, shapes, strict=True):
-            sketch = None
-            if shape is not None:
-                end = offset + FLOAT_BYTES * math.prod(shape)
-                sketch = from_bytes(payload[offset:end]).reshape(shape)
-                offset = end
-            headers.append(
-                UpdateHeader(
-                    client_id=int(record["client_id"]),
-                    round_idx=int(record["round_idx"]),
-                    num_examples=int(record["num_examples"]),
-                    sketch=sketch,
-                )
-            )
-    except (ValueError, KeyError, TypeError) as error:
+            for record in records
+        )
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CommError(f"a header message cannot be read: {error}") from error
-    return tuple(headers)
 
 
-def from_bytes(payload: bytes) -> Tensor:
-    """A float32 vector that owns its memory."""
-    if not payload:
-        return torch.empty(0, dtype=torch.float32)
-    return torch.frombuffer(bytearray(payload), dtype=torch.float32)
+def _shape_only(shape: Sequence[int] | None) -> Tensor | None:
+    return None if shape is None else torch.empty([*map(int, shape)], device="meta")
 
 
 def header_bytes(header: UpdateHeader) -> int:
-    """Bytes of one client's header on the wire, without making them."""
+    """Bytes of one client's header and sketch on the wire, were the client remote."""
     sketch_values = 0 if header.sketch is None else header.sketch.numel()
-    return len(_preamble([header])) + FLOAT_BYTES * sketch_values
+    return len(encode_headers([header])) + FLOAT_BYTES * sketch_values

@@ -1,11 +1,11 @@
-"""What every communicator does with a plan: check it, mix vectors, count bytes."""
+"""What every communicator does with a plan: check it, and count bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,10 +20,15 @@ from fedml_plugin_fedmosaic.core.types import (
     UpdateHeader,
     channel_of,
 )
-from fedml_plugin_fedmosaic.equations.mixing import mix
 
 Catalogue = Mapping[int, Mapping[str, Layout]]
 """Client id -> channel -> layout of the client's upload."""
+
+Parcels = Sequence[tuple[int, Tensor]]
+"""(rank, contiguous CPU tensor); between two ranks both sides have them in the same order."""
+
+Move = Callable[[Parcels, Parcels], None]
+"""Sends the first and receives into the second."""
 
 
 def split_channels(upload: SharedTensors) -> dict[str, dict[str, Tensor]]:
@@ -50,6 +55,27 @@ def catalogue_of(uploads: Mapping[int, SharedTensors]) -> dict[int, dict[str, La
         client: {name: Layout.of(part) for name, part in split_channels(upload).items()}
         for client, upload in sorted(uploads.items())
     }
+
+
+def check_finite(plan: MixingPlan, uploads: Mapping[int, SharedTensors]) -> None:
+    """Whether the tensors that a plan mixes are finite: a weight of 0 must hide its source.
+
+    Raises:
+        PlanError: a source holds NaN or infinity.
+    """
+    for channel, rows in plan.rows.items():
+        for client in sorted({client for row in rows for client in row.sources} & {*uploads}):
+            for key, tensor in uploads[client].items():
+                # The sum is finite nearly always and much faster than looking at every value.
+                if (
+                    channel_of(key) == channel
+                    and not bool(tensor.sum().isfinite())
+                    and not bool(tensor.isfinite().all())
+                ):
+                    raise PlanError(
+                        f"client {client}: {key} holds NaN or infinite values",
+                        hint="lower the learning rate of this client",
+                    )
 
 
 def plan_digest(plan: MixingPlan) -> str:
@@ -112,35 +138,6 @@ def _check_row(channel: str, row: MixRow, catalogue: Catalogue) -> None:
 def layout_of(channel: str, row: MixRow, catalogue: Catalogue) -> Layout:
     """The layout of what a row's receiver gets."""
     return catalogue[row.sources[0]][channel]
-
-
-def mix_rows(rows: Iterable[MixRow], vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Weighted sums of flat vectors.
-
-    Rows with the same sources are computed together, so that each source is read once; equal rows
-    are computed once. The result of a row does not depend on which other rows are computed.
-
-    Args:
-        rows: receivers of one channel.
-        vectors: float32 vectors (D,) by client id, at least those of the rows' sources.
-
-    Returns:
-        Receiver -> float32 vector (D,) that shares no memory with any other.
-    """
-    groups: dict[tuple[int, ...], list[MixRow]] = {}
-    for row in rows:
-        groups.setdefault(row.sources, []).append(row)
-    mixed: dict[int, Tensor] = {}
-    for sources, members in groups.items():
-        distinct = sorted({row.weights for row in members})
-        weights = torch.tensor(distinct, dtype=torch.float64)
-        sums = mix([vectors[client] for client in sources], weights)
-        taken: set[int] = set()
-        for row in members:
-            index = distinct.index(row.weights)
-            mixed[row.target] = sums[index].clone() if index in taken else sums[index]
-            taken.add(index)
-    return mixed
 
 
 def upload_bytes(

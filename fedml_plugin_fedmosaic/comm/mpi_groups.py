@@ -9,7 +9,7 @@ each byte crosses between groups only once. Text and raw float32 buffers travel,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ from fedml_plugin_fedmosaic.core.errors import CommError, FedMosaicError, PlanEr
 from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
     ProcessWorld,
+    Relevance,
     SharedTensors,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.equations.relevance import Similarity
 
 _PIECE_BYTES = 1 << 30
 _KINDS = {kind.__name__: kind for kind in (CommError, PlanError)}
@@ -80,6 +82,7 @@ class GroupCommunicator:
         self.is_leader = self.group_rank == 0
         self.uplink_bytes: dict[int, int] = {}
         self.downlink_bytes: dict[int, int] = {}
+        self.moved_bytes: dict[str, int] = {}
         self._owners = dict(owners)
         self._piece_bytes = piece_bytes
         self._split(world, between)
@@ -144,6 +147,33 @@ class GroupCommunicator:
         self._take_counters(values)
         return decode_headers(vectors[0].numpy().tobytes()[: values["headers"]])
 
+    def relevance(
+        self, kind: Similarity, sketches: Mapping[int, Tensor], fresh: Collection[int]
+    ) -> Relevance:
+        """How similar the clients' sketches are; only the leader's ``sketches`` count.
+
+        Raises:
+            PlanError, CommError: as the leaders' communicator says; raised on every rank.
+        """
+
+        def reduce(between: Communicator) -> Relevance:
+            result = between.relevance(kind, sketches, fresh)
+            self._count(between)
+            return result
+
+        if self.group_size == 1:
+            return reduce(self._leaders)
+
+        def relayed() -> Message:
+            result = reduce(self._leaders)
+            # A float64 travels as the bits of two float32 values.
+            return {"clients": list(result.clients)}, [result.values.flatten().view(torch.float32)]
+
+        values, vectors = self._from_leader(relayed)
+        clients = tuple(int(client) for client in values["clients"])
+        matrix = vectors[0].view(torch.float64).reshape(len(clients), len(clients))
+        return Relevance(clients=clients, values=matrix)
+
     def execute(
         self, plan: MixingPlan, uploads: Mapping[int, SharedTensors]
     ) -> dict[int, dict[str, Tensor]]:
@@ -193,6 +223,7 @@ class GroupCommunicator:
     def _count(self, between: Communicator) -> None:
         self.uplink_bytes = dict(between.uplink_bytes)
         self.downlink_bytes = dict(between.downlink_bytes)
+        self.moved_bytes = dict(between.moved_bytes)
 
     def _counters(self) -> dict[str, Any]:
         return {

@@ -20,7 +20,12 @@ from fedml_plugin_fedmosaic.core.events import (
     RunStarted,
 )
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
-from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
+from fedml_plugin_fedmosaic.core.types import (
+    ClientUpdate,
+    Relevance,
+    SharedTensors,
+    UpdateHeader,
+)
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
@@ -149,7 +154,7 @@ class StrategyRun:
             trained = [client_id for client_id in cohort if client_id in owned]
             self.guard.begin_round(uploads)
             updates = trainer.train(round_idx, {i: mine[i] for i in trained}, downlinks)
-            state, received = self._aggregate(round_idx, cohort, updates, state, uploads)
+            state, received = self._aggregate(round_idx, cohort, updates, state, uploads, mine)
             downlinks.update(received)
             self._report_round(round_idx, time.perf_counter() - began)
             self._checkpoint(round_idx, state, mine, trained, downlinks)
@@ -175,6 +180,7 @@ class StrategyRun:
         updates: dict[int, ClientUpdate],
         state: ServerState,
         uploads: dict[int, SharedTensors],
+        mine: Mapping[int, ClientRunner],
     ) -> tuple[ServerState, dict[int, SharedTensors]]:
         """Mixes what was delivered; without a quorum nothing changes."""
         shapes = {client_id: UpdateShape.of(update) for client_id, update in updates.items()}
@@ -185,7 +191,7 @@ class StrategyRun:
             return state, {}
         for client_id, update in accepted.items():
             uploads[client_id] = update.tensors
-        state, plan = self.strategy.plan(state, everyone)
+        state, plan = self.strategy.plan(state, everyone, self._relevance(everyone, mine))
         plan = self.guard.limit_staleness(plan, round_idx)
         self.sink(
             PlanMade(
@@ -197,6 +203,17 @@ class StrategyRun:
         )
         received: dict[int, Any] = dict(self.comm.execute(plan, uploads))
         return state, dict(self.hooks.after_aggregation(received))
+
+    def _relevance(
+        self, headers: Sequence[UpdateHeader], mine: Mapping[int, ClientRunner]
+    ) -> Relevance | None:
+        """The similarity that the strategy asks for; sketches stay on their ranks."""
+        if self.strategy.similarity is None or not headers:
+            return None
+        last = {client_id: client.state.sketch for client_id, client in mine.items()}
+        held = {client_id: sketch for client_id, sketch in last.items() if sketch is not None}
+        fresh = [header.client_id for header in headers]
+        return self.comm.relevance(self.strategy.similarity, held, fresh)
 
     def _report_round(self, round_idx: int, duration_s: float) -> None:
         self.train_s += duration_s

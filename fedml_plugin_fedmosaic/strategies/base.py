@@ -4,8 +4,9 @@ Pure means: no files, no devices, no communication, no global state. A strategy 
 and returns plain data; the runtime trains, the communicator moves bytes.
 
 The order in a round is: ``select`` -> for each client of the cohort ``prepare`` -> (the engine
-trains each pass) -> ``finish`` -> ``plan`` over the new headers -> the communicator executes the
-plan; its result is the downlink of the next round.
+trains each pass) -> ``finish`` -> ``plan`` over the new headers, and over the relevance that the
+communicator computed if ``similarity`` names one -> the communicator executes the plan; its result
+is the downlink of the next round.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from fedml_plugin_fedmosaic.core.types import (
     LocalResult,
     MixingPlan,
     Pass,
+    Relevance,
     SharedTensors,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.equations.relevance import Similarity
 
 ServerState = Mapping[str, Any]
 """Plain data: JSON values and tensors in nested dictionaries with string keys."""
@@ -82,6 +85,11 @@ class Strategy(Protocol):
         """The client half."""
         ...
 
+    @property
+    def similarity(self) -> Similarity | None:
+        """Which similarity of the clients' sketches ``plan`` needs; None for none."""
+        ...
+
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
         """The server's state before round 0.
 
@@ -95,7 +103,17 @@ class Strategy(Protocol):
         ...
 
     def plan(
-        self, state: ServerState, headers: Sequence[UpdateHeader]
+        self,
+        state: ServerState,
+        headers: Sequence[UpdateHeader],
+        relevance: Relevance | None = None,
     ) -> tuple[ServerState, MixingPlan]:
-        """Takes in the round's headers; returns the next state and who receives what."""
+        """Takes in the round's headers; returns the next state and who receives what.
+
+        Args:
+            state: the state of the last round.
+            headers: of the clients that took part, without their sketches' values.
+            relevance: between these clients and everyone who took part before; None if
+                ``similarity`` is None.
+        """
         ...

@@ -38,6 +38,7 @@ from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
     MixRow,
     Pass,
+    Relevance,
     SharedTensors,
     UpdateHeader,
     View,
@@ -103,6 +104,7 @@ class FedAvg:
     needs_sketch: ClassVar[bool] = False
     relative_steps: ClassVar[float] = 1.0
     eval_view: ClassVar[str] = "local"
+    similarity: ClassVar[None] = None
     Options: ClassVar[type] = FedAvgOptions
 
     def __init__(self, options: FedAvgOptions) -> None:
@@ -127,7 +129,10 @@ class FedAvg:
         return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
 
     def plan(
-        self, state: ServerState, headers: Sequence[UpdateHeader]
+        self,
+        state: ServerState,
+        headers: Sequence[UpdateHeader],
+        relevance: Relevance | None = None,  # noqa: ARG002 - the contract's signature
     ) -> tuple[ServerState, MixingPlan]:
         """One row per client whose layout has ever been trained.
 

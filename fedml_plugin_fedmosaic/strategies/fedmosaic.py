@@ -15,10 +15,11 @@ learned gate balances them. With sketches g_i (sanitised gradients of one frozen
 A client starts from global := own local, then overwrites what it receives; where it has no peer
 (and in its first round) the copy of its own local branch stays, a self-distilled momentum copy.
 
-Partial participation: the server remembers the last sketch of every client that ever took part;
-K_i runs over those (optionally not staler than ``max_staleness`` rounds), and the weights are
-normalised over K_i. Everyone receives a mix, also clients outside the round's cohort; a client
-that never took part has no sketch, so all of K_i is equally relevant to it.
+Partial participation: a client that stays away keeps its last sketch, and the server remembers how
+similar it was to the others; K_i runs over the clients that ever took part (optionally not staler
+than ``max_staleness`` rounds), and the weights are normalised over K_i. Everyone receives a mix,
+also clients outside the round's cohort; a client that never took part has no sketch, so all of K_i
+is equally relevant to it.
 
 Differences to the released code: self is masked out exactly instead of by -1e9 and a division;
 weights are normalised over the clients that are known, so partial participation is defined;
@@ -51,15 +52,12 @@ from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
     MixRow,
     Pass,
+    Relevance,
     SharedTensors,
     UpdateHeader,
     View,
 )
-from fedml_plugin_fedmosaic.equations.relevance import (
-    column_similarity,
-    flat_similarity,
-    relevance_weights,
-)
+from fedml_plugin_fedmosaic.equations.relevance import Similarity, relevance_weights
 from fedml_plugin_fedmosaic.strategies.base import ServerState
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
@@ -80,7 +78,7 @@ class FedMosaicOptions:
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
     """Relevance temperature tau; small values follow the most relevant clients."""
-    similarity: Literal["columns", "flat"] = "columns"
+    similarity: Similarity = "columns"
     """Mean of the columns' cosines (published), or one cosine of the flattened sketches."""
     relevance: Literal["sketch", "uniform"] = "sketch"
     """``uniform`` ignores the sketches: the ablation without relevance."""
@@ -175,8 +173,13 @@ class FedMosaic:
         """The client half."""
         return self._client
 
+    @property
+    def similarity(self) -> Similarity | None:
+        """The option of the same name, unless the sketches are ignored."""
+        return self.options.similarity if self.options.relevance == "sketch" else None
+
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
-        """Remembers the clients and the seed; no sketch is known yet.
+        """Remembers the clients and the seed; nobody is known yet.
 
         Raises:
             PlanError: no client, or an id twice.
@@ -184,8 +187,10 @@ class FedMosaic:
         return {
             "seed": seed,
             "layouts": layouts_by_client(manifests),
-            "sketches": {},
             "last_round": {},
+            "sketch_shape": None,
+            "known": [],
+            "similarity": torch.zeros(0, 0, dtype=torch.float64),
         }
 
     def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
@@ -193,15 +198,18 @@ class FedMosaic:
         return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
 
     def plan(
-        self, state: ServerState, headers: Sequence[UpdateHeader]
+        self,
+        state: ServerState,
+        headers: Sequence[UpdateHeader],
+        relevance: Relevance | None = None,
     ) -> tuple[ServerState, MixingPlan]:
-        """Takes the sketches in; every client gets a row per channel in which it has a peer.
+        """Takes the relevance in; every client gets a row per channel in which it has a peer.
 
         Raises:
-            PlanError: a header of an unknown client, two of one client, or a sketch that is
-                missing, not finite, or of another shape than the rest.
+            PlanError: a header of an unknown client, two of one client, a sketch that is missing
+                or of another shape than the rest, or a similarity that is missing or not finite.
         """
-        after = self._take_in(state, headers)
+        after = self._take_in(state, headers, relevance)
         clients = [int(client) for client in after["layouts"]]
         similarity = self._similarity(after, clients)
         rows = {
@@ -216,34 +224,37 @@ class FedMosaic:
         )
         return after, plan
 
-    def _take_in(self, state: ServerState, headers: Sequence[UpdateHeader]) -> dict[str, Any]:
-        """The state with the headers' sketches and rounds."""
+    def _take_in(
+        self, state: ServerState, headers: Sequence[UpdateHeader], relevance: Relevance | None
+    ) -> dict[str, Any]:
+        """The state with the headers' rounds and the fresh clients' similarities."""
         check_participants(state["layouts"], [header.client_id for header in headers])
-        sketches = dict(state["sketches"])
-        last_round = dict(state["last_round"])
+        seen = {str(header.client_id): header.round_idx for header in headers}
+        after = {**state, "last_round": {**state["last_round"], **seen}}
+        if self.similarity is None or not headers:
+            return after
+        shape = state["sketch_shape"]
         for header in headers:
-            last_round[str(header.client_id)] = header.round_idx
-            if self.options.relevance == "sketch":
-                sketches[str(header.client_id)] = _checked_sketch(header)
-        shapes = {client: tuple(sketch.shape) for client, sketch in sketches.items()}
-        if len(set(shapes.values())) > 1:
+            shape = _checked_shape(header, shape)
+        fresh = {header.client_id for header in headers}
+        if relevance is None or not fresh <= {*relevance.clients}:
+            found = "none" if relevance is None else f"that of clients {relevance.clients}"
             raise PlanError(
-                f"sketches have different shapes: {shapes}",
-                hint="all clients must use the same proxy model and the same sketch settings",
+                f"FedMosaic needs the relevance of clients {sorted(fresh)}, got {found}"
             )
-        return {**state, "sketches": sketches, "last_round": last_round}
+        known = sorted({*state["known"], *fresh})
+        similarity = torch.full((len(known), len(known)), float("nan"), dtype=torch.float64)
+        _overwrite(similarity, known, state["known"], state["similarity"])
+        _overwrite(similarity, known, relevance.clients, relevance.values)
+        _check_complete(similarity, known)
+        return {**after, "sketch_shape": shape, "known": known, "similarity": similarity}
 
     def _similarity(self, state: ServerState, clients: Sequence[int]) -> Tensor | None:
-        """(clients, clients) float64 similarity, NaN where a sketch is unknown; None if unused."""
-        if self.options.relevance == "uniform":
+        """(clients, clients) float64 similarity, NaN where unknown; None if unused."""
+        if self.similarity is None:
             return None
         full = torch.full((len(clients), len(clients)), float("nan"), dtype=torch.float64)
-        known = [index for index, client in enumerate(clients) if str(client) in state["sketches"]]
-        if known:
-            measure = column_similarity if self.options.similarity == "columns" else flat_similarity
-            where = torch.tensor(known)
-            sketches = [state["sketches"][str(clients[index])] for index in known]
-            full[where[:, None], where[None, :]] = measure(sketches)
+        _overwrite(full, clients, state["known"], state["similarity"])
         return full
 
     def _rows(
@@ -312,18 +323,41 @@ def _softmax_row(
     return tuple(weight for position, weight in enumerate(row) if position != own)
 
 
-def _checked_sketch(header: UpdateHeader) -> Tensor:
-    sketch = header.sketch
+def _overwrite(
+    matrix: Tensor, clients: Sequence[int], others: Sequence[int], values: Tensor
+) -> None:
+    """Puts what ``values`` knows about the clients of ``matrix`` there, in place."""
+    position = {client: index for index, client in enumerate(clients)}
+    pairs = [(position[c], index) for index, c in enumerate(others) if c in position]
+    if pairs:
+        to, source = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        new = values[source[:, None], source[None, :]]
+        old = matrix[to[:, None], to[None, :]]
+        matrix[to[:, None], to[None, :]] = torch.where(new.isnan(), old, new)
+
+
+def _check_complete(similarity: Tensor, known: Sequence[int]) -> None:
+    missing = (~similarity.isfinite()).nonzero().tolist()
+    if missing:
+        first, second = (known[index] for index in missing[0])
+        raise PlanError(
+            f"the similarity of clients {first} and {second} is missing or not finite, one of "
+            f"{len(missing)} such pairs; known are {list(known)}",
+            hint="every client that ever took part must keep its last sketch",
+        )
+
+
+def _checked_shape(header: UpdateHeader, expected: Sequence[int] | None) -> list[int]:
+    """The shape of a header's sketch; the values are not here."""
+    sketch, where = header.sketch, f"client {header.client_id}, round {header.round_idx + 1}"
     if sketch is None or sketch.ndim != 2:
         found = "none" if sketch is None else f"shape {tuple(sketch.shape)}"
+        raise PlanError(f"{where}: FedMosaic needs a sketch of shape (rows, columns), got {found}")
+    shape = list(sketch.shape)
+    if expected is not None and shape != list(expected):
         raise PlanError(
-            f"client {header.client_id}, round {header.round_idx + 1}: FedMosaic needs a sketch "
-            f"of shape (rows, columns), got {found}"
+            f"{where}: sketches have different shapes: {tuple(shape)} here, {tuple(expected)} of "
+            "the others",
+            hint="all clients must use the same proxy model and the same sketch settings",
         )
-    if not bool(torch.isfinite(sketch).all()):
-        raise PlanError(
-            f"client {header.client_id}, round {header.round_idx + 1}: the sketch holds NaN or "
-            "infinite values",
-            hint="lower the learning rate or the noise, or set sketch.clip_norm",
-        )
-    return sketch.detach().to(dtype=torch.float32, device="cpu")
+    return shape

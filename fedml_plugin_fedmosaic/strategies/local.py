@@ -28,6 +28,7 @@ from fedml_plugin_fedmosaic.core.types import (
     LocalResult,
     MixingPlan,
     Pass,
+    Relevance,
     SharedTensors,
     UpdateHeader,
     View,
@@ -89,6 +90,7 @@ class Local:
     needs_sketch: ClassVar[bool] = False
     relative_steps: ClassVar[float] = 1.0
     eval_view: ClassVar[str] = "local"
+    similarity: ClassVar[None] = None
     Options: ClassVar[type] = LocalOptions
 
     def __init__(self, options: LocalOptions) -> None:
@@ -113,7 +115,10 @@ class Local:
         return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
 
     def plan(
-        self, state: ServerState, headers: Sequence[UpdateHeader]
+        self,
+        state: ServerState,
+        headers: Sequence[UpdateHeader],
+        relevance: Relevance | None = None,  # noqa: ARG002 - the contract's signature
     ) -> tuple[ServerState, MixingPlan]:
         """The same state and an empty plan."""
         check_participants(state["layouts"], [header.client_id for header in headers])

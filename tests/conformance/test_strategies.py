@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from toy_federation import ToyFederation, toy_adapter, toy_manifest, toy_sketch
+from toy_federation import (
+    ToyFederation,
+    plan_with_sketches,
+    toy_adapter,
+    toy_manifest,
+    toy_sketch,
+)
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.registry import ADAPTERS, STRATEGIES
@@ -104,8 +110,8 @@ def test_resumed_state_makes_the_same_plan(strategy: Any) -> None:
     toy = ToyFederation(strategy, MIXED).play(2)
     read_back = copy.deepcopy(dict(toy.state))
     headers = headers_of(strategy, [0, 3], round_idx=2)
-    _, first = strategy.plan(toy.state, headers)
-    _, second = strategy.plan(read_back, headers)
+    _, first = plan_with_sketches(strategy, toy.state, headers, dict(toy.sketches))
+    _, second = plan_with_sketches(strategy, read_back, headers, dict(toy.sketches))
     assert first.rows == second.rows
 
 
@@ -113,7 +119,7 @@ def test_plan_mutates_neither_state_nor_headers(strategy: Any) -> None:
     toy = ToyFederation(strategy, MIXED).play(1)
     headers = headers_of(strategy, [1, 2, 5], round_idx=1)
     before = copy.deepcopy((dict(toy.state), [header.sketch for header in headers]))
-    strategy.plan(toy.state, headers)
+    plan_with_sketches(strategy, toy.state, headers, dict(toy.sketches))
     assert_equal_trees((dict(toy.state), [header.sketch for header in headers]), before)
 
 
@@ -176,8 +182,8 @@ def test_plan_follows_a_renaming_of_the_clients(strategy: Any) -> None:
     renamed = [replace(manifest, client_id=order[manifest.client_id]) for manifest in manifests]
     headers = headers_of(strategy, [0, 1, 2, 3, 5])
     renamed_headers = [replace(header, client_id=order[header.client_id]) for header in headers]
-    _, plan = strategy.plan(strategy.init(manifests, 0), headers)
-    _, other = strategy.plan(strategy.init(renamed, 0), renamed_headers)
+    _, plan = plan_with_sketches(strategy, strategy.init(manifests, 0), headers, {})
+    _, other = plan_with_sketches(strategy, strategy.init(renamed, 0), renamed_headers, {})
     moved = {
         (channel, order[target]): {order[source]: weight for source, weight in weights.items()}
         for (channel, target), weights in rows_of(plan).items()
@@ -194,7 +200,9 @@ def test_order_of_headers_does_not_matter(strategy: Any) -> None:
     manifests = [toy_manifest(i, name, strategy.adapter) for i, name in enumerate(MIXED)]
     state = strategy.init(manifests, 0)
     headers = headers_of(strategy, [0, 1, 4, 5])
-    assert strategy.plan(state, headers)[1].rows == strategy.plan(state, headers[::-1])[1].rows
+    _, first = plan_with_sketches(strategy, state, headers, {})
+    _, second = plan_with_sketches(strategy, state, headers[::-1], {})
+    assert first.rows == second.rows
 
 
 def test_cohorts_are_drawn_without_replacement_and_repeatably(strategy: Any) -> None:

@@ -92,13 +92,15 @@ def test_received_tensors_equal_the_published_ones(case_name: str) -> None:
         for i, spec in enumerate(specs)
     ]
     strategy = FedMosaic(FedMosaicOptions(temperature=float(case["T_nb_r"][0])))
+    sketches = dict(enumerate(sketches_with(case["sim"])))
     headers = [
         UpdateHeader(client_id=i, round_idx=0, num_examples=1, sketch=sketch)
-        for i, sketch in enumerate(sketches_with(case["sim"]))
+        for i, sketch in sketches.items()
     ]
     comm = LocalCommunicator()
     state = strategy.init(manifests, seed=0)
-    _, plan = strategy.plan(state, comm.exchange_headers(headers))
+    relevance = comm.relevance("columns", sketches, list(sketches))
+    _, plan = strategy.plan(state, comm.exchange_headers(headers), relevance)
     downlinks = comm.execute(plan, uploads)
 
     assert plan.weights is not None

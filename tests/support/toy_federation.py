@@ -23,6 +23,7 @@ from fedml_plugin_fedmosaic.core.types import (
     MixRow,
     Part,
     Pass,
+    Relevance,
     UpdateHeader,
     channel_of,
 )
@@ -88,6 +89,21 @@ def toy_sketch(client_id: int, round_idx: int, rows: int = 4, columns: int = 6) 
     return torch.randn(rows, columns, generator=torch_generator(7, "sketch", client_id, round_idx))
 
 
+def plan_with_sketches(
+    strategy: Any, state: Any, headers: Sequence[UpdateHeader], held: dict[int, Tensor]
+) -> tuple[Any, MixingPlan]:
+    """``strategy.plan`` with the relevance of headers that still hold their sketches' values.
+
+    ``held`` are the last sketches of clients that took part earlier; the new ones are added.
+    """
+    if strategy.similarity is None:
+        return strategy.plan(state, headers)
+    held.update({header.client_id: header.sketch for header in headers})
+    fresh = {header.client_id for header in headers}
+    relevance = LocalCommunicator().relevance(strategy.similarity, held, fresh)
+    return strategy.plan(state, headers, relevance)
+
+
 @dataclass
 class ToyFederation:
     """Plays rounds as the runtime does; training adds fixed random steps to what a pass trains.
@@ -106,6 +122,7 @@ class ToyFederation:
     rounds: int = 0
     downlinks: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     uploads: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    sketches: dict[int, Tensor] = field(default_factory=dict)
     plan: MixingPlan = field(default_factory=MixingPlan)
     headers: tuple[UpdateHeader, ...] = ()
 
@@ -134,10 +151,16 @@ class ToyFederation:
                 self.state, self.rounds, self.per_round or len(self.manifests)
             )
             self.headers = self.comm.exchange_headers([self.train(client) for client in cohort])
-            self.state, self.plan = self.strategy.plan(self.state, self.headers)
+            relevance = self.relevance(self.headers)
+            self.state, self.plan = self.strategy.plan(self.state, self.headers, relevance)
             self.downlinks.update(self.comm.execute(self.plan, self.uploads))
             self.rounds += 1
         return self
+
+    def relevance(self, headers: Sequence[UpdateHeader]) -> Relevance | None:
+        kind = self.strategy.similarity
+        fresh = [header.client_id for header in headers]
+        return None if kind is None else self.comm.relevance(kind, self.sketches, fresh)
 
     def train(self, client: int) -> UpdateHeader:
         context = self.context(self.manifests[client])
@@ -147,6 +170,8 @@ class ToyFederation:
             result = self._fit(pass_, state)
             state = replace(state, adapter=result.adapter)
         sketch = toy_sketch(client, self.rounds) if self.strategy.needs_sketch else None
+        if sketch is not None:
+            self.sketches[client] = sketch
         header = UpdateHeader(
             client_id=client, round_idx=self.rounds, num_examples=20 + client, sketch=sketch
         )

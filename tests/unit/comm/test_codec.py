@@ -96,8 +96,8 @@ def test_headers_survive_the_wire(
             assert copy.sketch is None
         else:
             assert copy.sketch is not None
-            assert copy.sketch.dtype == torch.float32
-            assert torch.equal(header.sketch, copy.sketch)
+            assert copy.sketch.is_meta  # a shape without values
+            assert copy.sketch.shape == header.sketch.shape
 
 
 def test_a_sketch_of_n_values_costs_4n_bytes_more() -> None:
@@ -106,10 +106,10 @@ def test_a_sketch_of_n_values_costs_4n_bytes_more() -> None:
         return UpdateHeader(client_id=0, round_idx=0, num_examples=1, sketch=sketch)
 
     assert header_bytes(header(30)) - header_bytes(header(20)) == 4 * 10 * 10
-    assert header_bytes(header(30)) == len(encode_headers([header(30)]))
+    assert header_bytes(header(30)) == len(encode_headers([header(30)])) + 4 * 10 * 30
 
 
-@pytest.mark.parametrize("damage", ["short", "magic", "cut", "longer", "text"])
+@pytest.mark.parametrize("damage", ["short", "magic", "cut", "longer", "text", "shape"])
 def test_damaged_headers_are_refused(damage: str) -> None:
     header = UpdateHeader(client_id=0, round_idx=0, num_examples=1, sketch=torch.ones(2, 2))
     payload = encode_headers([header])
@@ -119,6 +119,7 @@ def test_damaged_headers_are_refused(damage: str) -> None:
         "cut": payload[:-4],
         "longer": payload + b"\0\0\0\0",
         "text": payload[:12] + b"?" + payload[13:],
+        "shape": payload.replace(b"[2,2]", b"[2,z]"),
     }[damage]
     with pytest.raises(CommError):
         decode_headers(damaged)

@@ -7,8 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_federation import ToyFederation, toy_adapter, toy_manifest, toy_sketch
+from toy_federation import (
+    ToyFederation,
+    plan_with_sketches,
+    toy_adapter,
+    toy_manifest,
+    toy_sketch,
+)
 
+from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
 from fedml_plugin_fedmosaic.core.errors import AdapterError, PlanError
 from fedml_plugin_fedmosaic.core.types import Branch, MixingPlan, UpdateHeader, View
 from fedml_plugin_fedmosaic.strategies.fedmosaic import FedMosaic, FedMosaicOptions
@@ -30,6 +37,15 @@ def headers(*clients: int, round_idx: int = 0, sketches: bool = True) -> list[Up
     ]
 
 
+def planned(
+    strategy: FedMosaic,
+    state: Any,
+    given: list[UpdateHeader],
+    held: dict[int, torch.Tensor] | None = None,
+) -> tuple[Any, MixingPlan]:
+    return plan_with_sketches(strategy, state, given, {} if held is None else held)
+
+
 def start(strategy: FedMosaic, architectures: str) -> Any:
     manifests = [toy_manifest(i, name, "pq_lora") for i, name in enumerate(architectures)]
     return strategy.init(manifests, seed=0)
@@ -42,7 +58,7 @@ def weights_of(plan: MixingPlan, channel: str, target: int) -> dict[int, float]:
 
 def test_weights_are_the_softmax_of_column_similarity() -> None:
     strategy = make(temperature=0.25)
-    _, plan = strategy.plan(start(strategy, "SMS"), headers(0, 1, 2))
+    _, plan = planned(strategy, start(strategy, "SMS"), headers(0, 1, 2))
     sketches = [toy_sketch(client, 0).double() for client in range(3)]
 
     def similarity(i: int, j: int) -> float:
@@ -60,7 +76,7 @@ def test_weights_are_the_softmax_of_column_similarity() -> None:
 
 def test_conventional_layers_mix_inside_a_layout_only() -> None:
     strategy = make()
-    _, plan = strategy.plan(start(strategy, "SMSMX"), headers(*range(5)))
+    _, plan = planned(strategy, start(strategy, "SMSMX"), headers(*range(5)))
     assert {row.target: row.sources for row in plan.rows["conv"]} == {
         0: (2,),
         1: (3,),
@@ -73,7 +89,7 @@ def test_conventional_layers_mix_inside_a_layout_only() -> None:
 
 def test_a_client_that_never_took_part_receives_equal_shares_and_gives_nothing() -> None:
     strategy = make()
-    _, plan = strategy.plan(start(strategy, "SSSS"), headers(0, 1, 2))
+    _, plan = planned(strategy, start(strategy, "SSSS"), headers(0, 1, 2))
     assert weights_of(plan, "pq", 3) == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3})
     assert all(3 not in row.sources for rows in plan.rows.values() for row in rows)
     assert plan.relevance is not None
@@ -85,26 +101,57 @@ def test_a_client_that_never_took_part_receives_equal_shares_and_gives_nothing()
 
 def test_absent_clients_keep_their_last_sketch() -> None:
     strategy = make()
-    state, everyone = strategy.plan(start(strategy, "SSSS"), headers(0, 1, 2, 3))
-    _, later = strategy.plan(state, headers(1, round_idx=1))
+    held: dict[int, torch.Tensor] = {}
+    state, everyone = planned(strategy, start(strategy, "SSSS"), headers(0, 1, 2, 3), held)
+    _, later = planned(strategy, state, headers(1, round_idx=1), held)
     assert later.rows == everyone.rows
+    assert state["known"] == [0, 1, 2, 3]
+
+
+def test_the_state_holds_similarities_and_no_sketches() -> None:
+    toy = ToyFederation(make(), "SMSX", per_round=2).play(4)
+    known = toy.state["known"]
+    sketches = [toy.sketches[client].double() for client in known]
+    expected = [
+        [float(torch.nn.functional.cosine_similarity(a, b, dim=0).mean()) for b in sketches]
+        for a in sketches
+    ]
+    torch.testing.assert_close(
+        toy.state["similarity"], torch.tensor(expected).double(), rtol=0, atol=1e-6
+    )
+    tensors = [value for value in toy.state.values() if isinstance(value, torch.Tensor)]
+    assert [tuple(tensor.shape) for tensor in tensors] == [(len(known), len(known))]
+
+
+def test_missing_relevance_is_refused() -> None:
+    strategy = make()
+    relevance = LocalCommunicator().relevance("columns", {0: toy_sketch(0, 0)}, [0])
+    with pytest.raises(PlanError, match="got none"):
+        strategy.plan(start(strategy, "SS"), headers(0))
+    with pytest.raises(PlanError, match=r"relevance of clients \[0, 1\], got that of"):
+        strategy.plan(start(strategy, "SS"), headers(0, 1), relevance)
+    state, _ = strategy.plan(start(strategy, "SS"), headers(0), relevance)
+    other = LocalCommunicator().relevance("columns", {1: toy_sketch(1, 0)}, [1])
+    with pytest.raises(PlanError, match="clients 0 and 1 is missing or not finite"):
+        strategy.plan(state, headers(1), other)
 
 
 def test_stale_clients_are_left_out() -> None:
     strategy = make(max_staleness=1)
-    state, _ = strategy.plan(start(strategy, "SSSS"), headers(0, 1, 2, 3, round_idx=0))
-    state, kept = strategy.plan(state, headers(0, 1, round_idx=1))
+    held: dict[int, torch.Tensor] = {}
+    state, _ = planned(strategy, start(strategy, "SSSS"), headers(0, 1, 2, 3, round_idx=0), held)
+    state, kept = planned(strategy, state, headers(0, 1, round_idx=1), held)
     assert set(weights_of(kept, "pq", 0)) == {1, 2, 3}
-    _, dropped = strategy.plan(state, headers(0, 1, round_idx=2))
+    _, dropped = planned(strategy, state, headers(0, 1, round_idx=2), held)
     assert set(weights_of(dropped, "pq", 0)) == {1}
     assert set(weights_of(dropped, "pq", 3)) == {0, 1}
     assert math.isclose(sum(weights_of(dropped, "pq", 3).values()), 1.0)
 
 
 def test_top_k_keeps_the_most_relevant() -> None:
-    _, full = make().plan(start(make(), "SSSSS"), headers(*range(5)))
+    _, full = planned(make(), start(make(), "SSSSS"), headers(*range(5)))
     strategy = make(top_k=2)
-    _, plan = strategy.plan(start(strategy, "SSSSS"), headers(*range(5)))
+    _, plan = planned(strategy, start(strategy, "SSSSS"), headers(*range(5)))
     for target in range(5):
         everyone = weights_of(full, "pq", target)
         best = sorted(sorted(everyone, key=lambda client: -everyone[client])[:2])
@@ -117,16 +164,16 @@ def test_top_k_keeps_the_most_relevant() -> None:
 
 def test_a_weight_that_vanishes_moves_no_bytes() -> None:
     strategy = make(temperature=1e-4)
-    _, plan = strategy.plan(start(strategy, "SSSS"), headers(0, 1, 2, 3))
+    _, plan = planned(strategy, start(strategy, "SSSS"), headers(0, 1, 2, 3))
     for row in plan.rows["pq"]:
         assert len(row.sources) == 1
         assert row.weights == (1.0,)
 
 
 def test_flat_similarity_differs_from_columns() -> None:
-    _, columns = make().plan(start(make(), "SSS"), headers(0, 1, 2))
+    _, columns = planned(make(), start(make(), "SSS"), headers(0, 1, 2))
     flat_strategy = make(similarity="flat")
-    _, flat = flat_strategy.plan(start(flat_strategy, "SSS"), headers(0, 1, 2))
+    _, flat = planned(flat_strategy, start(flat_strategy, "SSS"), headers(0, 1, 2))
     assert flat.relevance is not None
     first, second = toy_sketch(0, 0).flatten().double(), toy_sketch(1, 0).flatten().double()
     cosine = torch.nn.functional.cosine_similarity(first, second, dim=0)
@@ -136,11 +183,11 @@ def test_flat_similarity_differs_from_columns() -> None:
 
 def test_uniform_relevance_needs_no_sketch() -> None:
     strategy = make(relevance="uniform")
-    state, plan = strategy.plan(start(strategy, "SMSS"), headers(0, 1, 2, 3, sketches=False))
+    state, plan = planned(strategy, start(strategy, "SMSS"), headers(0, 1, 2, 3, sketches=False))
     assert weights_of(plan, "pq", 1) == pytest.approx({0: 1 / 3, 2: 1 / 3, 3: 1 / 3})
     assert weights_of(plan, "conv", 0) == pytest.approx({2: 0.5, 3: 0.5})
     assert plan.relevance is None
-    assert state["sketches"] == {}
+    assert state["known"] == []
 
 
 @pytest.mark.parametrize(
@@ -218,7 +265,6 @@ def test_pq_is_mixed_across_architectures_by_block() -> None:
     [
         (None, "needs a sketch"),
         (torch.zeros(5), r"got shape \(5,\)"),
-        (torch.full((4, 6), float("nan")), "NaN or infinite"),
         (torch.zeros(4, 7), "different shapes"),
     ],
 )
@@ -269,10 +315,11 @@ def test_rows_are_weighted_means_over_other_clients_that_took_part(
     strategy = make(temperature=temperature, top_k=top_k, max_staleness=max_staleness)
     state = start(strategy, architectures)
     seen: set[int] = set()
+    held: dict[int, torch.Tensor] = {}
     for round_idx, drawn in enumerate(cohorts):
         cohort = sorted(client for client in drawn if client < len(architectures))
         seen.update(cohort)
-        state, plan = strategy.plan(state, headers(*cohort, round_idx=round_idx))
+        state, plan = planned(strategy, state, headers(*cohort, round_idx=round_idx), held)
         for channel, rows in plan.rows.items():
             for row in rows:
                 assert math.isclose(sum(row.weights), 1.0, abs_tol=1e-9)
