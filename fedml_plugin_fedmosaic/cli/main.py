@@ -17,6 +17,8 @@ _COMMANDS = {
     # name: (module:attribute, one line of help)
     "run": (f"{_ROOT}.run:command", "Train a federation and print its table."),
     "compare": (f"{_ROOT}.compare:command", "Run strategies with several seeds and compare."),
+    "sweep": (f"{_ROOT}.sweep:command", "Run many settings as one job array."),
+    "collect": (f"{_ROOT}.collect:command", "Show a sweep as one table, with plots and CSV."),
     "export": (f"{_ROOT}.export:command", "Write a client's model as a plain LoRA adapter."),
     "config": (f"{_ROOT}.config:command", "Check, show and explain configurations."),
     "data": (f"{_ROOT}.data:command", "Look at the data of an experiment."),

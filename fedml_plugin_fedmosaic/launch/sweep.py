@@ -221,6 +221,13 @@ class SweepDriver:
             None,
         )
 
+    def give_up_waiting(self) -> None:
+        """Cancels this program's jobs that have not started; those that have go on."""
+        for job in self._jobs.values():
+            if job.status() is JobStatus.PENDING:
+                job.cancel()
+        self._refresh()
+
     def trials(self) -> list[Trial]:
         """The configurations in the order they were asked for, with the mean over their seeds."""
         groups: dict[tuple[tuple[str, object], ...], list[Entry]] = {}
@@ -255,11 +262,11 @@ class SweepDriver:
         groups: dict[str, list[tuple[Entry, JobSpec]]] = {}
         for entry in entries:
             run_dir = (self.folder / entry.folder).absolute()
-            if self.fresh:
-                _move_aside(run_dir)
             experiment = experiments[entry.name]
-            write_text_atomic(run_dir / SUBMITTED_FILE, dump_experiment(experiment))
             spec = self.make_spec(entry, experiment, run_dir)
+            if self.fresh or not spec.resume_command:
+                _move_aside(run_dir)
+            write_text_atomic(run_dir / SUBMITTED_FILE, dump_experiment(experiment))
             # One array holds jobs of one size.
             groups.setdefault(repr((spec.resources, spec.components)), []).append((entry, spec))
         for group in groups.values():

@@ -14,13 +14,12 @@ from fedml_plugin_fedmosaic.config.messages import unknown
 from fedml_plugin_fedmosaic.config.sections import SECTION_OF, Experiment
 from fedml_plugin_fedmosaic.config.yamlfile import Document, as_mapping, read_document
 from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.launch.sweep_axes import Grid, make_space
 from fedml_plugin_fedmosaic.launch.sweep_space import (
-    Grid,
     Point,
     Sampler,
     expand,
     make_point,
-    make_space,
     override,
 )
 

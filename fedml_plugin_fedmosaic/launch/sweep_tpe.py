@@ -15,7 +15,7 @@ from typing import Any
 
 from fedml_plugin_fedmosaic.core.errors import LaunchError
 from fedml_plugin_fedmosaic.core.rng import derive_seed
-from fedml_plugin_fedmosaic.launch.sweep_space import Axis, Grid
+from fedml_plugin_fedmosaic.launch.sweep_axes import Axis, Grid
 
 _MAX_STARTUP = 10
 _ASKS = 25

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedml_plugin_fedmosaic.core.errors import DataError
@@ -26,7 +26,8 @@ from fedml_plugin_fedmosaic.report.tables import (
 Interval = tuple[str, float, float | None, list[float]]
 
 
-def _intervals(values: dict[str, list[float]]) -> list[Interval]:
+def score_intervals(values: Mapping[str, Sequence[float]]) -> list[Interval]:
+    """Shares of several runs as percent with confidence intervals, for the interval plot."""
     found: list[Interval] = []
     for name, numbers in values.items():
         if numbers:
@@ -42,7 +43,7 @@ def _scores(runs: Sequence[Run]) -> Section | None:
         title = measure.name.replace("\n", " ")
         if measure.is_score and "AUC" not in title:
             values = {name: measured(runs, name, measure) for name in strategies_of(runs)}
-            panels[title] = _intervals(values)
+            panels[title] = score_intervals(values)
     panels = {title: items for title, items in panels.items() if items}
     if not panels:
         return None
@@ -57,7 +58,7 @@ def _differences(runs: Sequence[Run]) -> Section | None:
     for measure in MEASURES:
         if measure.is_score:
             values = {name: paired_differences(runs, name, measure) for name in names}
-            panels[measure.name.replace("\n", " ")] = _intervals(values)
+            panels[measure.name.replace("\n", " ")] = score_intervals(values)
     panels = {title: items for title, items in panels.items() if items}
     if not panels:
         return None

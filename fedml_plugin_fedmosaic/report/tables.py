@@ -253,7 +253,8 @@ def strategies_of(runs: Sequence[Run]) -> list[str]:
     return [*(name for name in names if name not in mains), *mains]
 
 
-def _with_ci(values: Sequence[float], measure: Measure) -> str:
+def with_ci(values: Sequence[float], measure: Measure) -> str:
+    """Mean of several runs' values, for scores with the half width of its 95 % interval."""
     if not values:
         return MISSING
     estimate = mean_interval(values)
@@ -283,7 +284,7 @@ def comparison_table(runs: Sequence[Run]) -> SummaryTable:
     rows = []
     for name in names:
         count = sum(name in run.strategies for run in runs)
-        row = [name, str(count), *(_with_ci(measured(runs, name, m), m) for m in MEASURES)]
+        row = [name, str(count), *(with_ci(measured(runs, name, m), m) for m in MEASURES)]
         if with_difference:
             row += [
                 MISSING

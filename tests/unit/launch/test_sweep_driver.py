@@ -24,9 +24,9 @@ from fedml_plugin_fedmosaic.launch.base import (
     write_record,
 )
 from fedml_plugin_fedmosaic.launch.sweep import SweepDriver, open_sweep, refresh
+from fedml_plugin_fedmosaic.launch.sweep_axes import make_space
 from fedml_plugin_fedmosaic.launch.sweep_manifest import Entry, locked, read_manifest
 from fedml_plugin_fedmosaic.launch.sweep_plan import SweepPlan, SweepSpec, make_plan
-from fedml_plugin_fedmosaic.launch.sweep_space import make_space
 from fedml_plugin_fedmosaic.launch.sweep_tpe import Trial, propose
 
 FATES: dict[str, JobStatus] = {}
@@ -78,7 +78,7 @@ def plan() -> SweepPlan:
 
 
 def make_spec(entry: Entry, experiment: Experiment, run_dir: Path) -> JobSpec:
-    return JobSpec(name=entry.name, command=("run",), run_dir=run_dir)
+    return JobSpec(name=entry.name, command=("run",), resume_command=("resume",), run_dir=run_dir)
 
 
 def driver(folder: Path, plan: SweepPlan, **options: object) -> SweepDriver:
@@ -187,6 +187,17 @@ def test_a_fresh_start_moves_what_failed_aside(tmp_path: Path, plan: SweepPlan) 
     driver(tmp_path, plan, fresh=True).start()
     assert not (run_dir / "config.yaml").exists()
     assert (tmp_path / "runs" / f"{NAMES[0]}.failed-1" / "config.yaml").is_file()
+
+
+def test_what_cannot_be_resumed_always_starts_anew(tmp_path: Path, plan: SweepPlan) -> None:
+    def once(entry: Entry, experiment: Experiment, run_dir: Path) -> JobSpec:
+        return replace(make_spec(entry, experiment, run_dir), resume_command=())
+
+    FATES[NAMES[0]] = JobStatus.FAILED
+    driver(tmp_path, plan, make_spec=once).start()
+    (tmp_path / "runs" / NAMES[0] / "config.yaml").write_text("started")
+    driver(tmp_path, plan, make_spec=once).start()
+    assert not (tmp_path / "runs" / NAMES[0] / "config.yaml").exists()
 
 
 def test_when_submission_fails_nothing_counts_as_started(tmp_path: Path, plan: SweepPlan) -> None:

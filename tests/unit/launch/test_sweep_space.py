@@ -8,14 +8,13 @@ import pytest
 
 from fedml_plugin_fedmosaic.config.overrides import resolve_key
 from fedml_plugin_fedmosaic.core.errors import ConfigError
-from fedml_plugin_fedmosaic.launch.sweep_space import (
+from fedml_plugin_fedmosaic.launch.sweep_axes import (
     Range,
-    expand,
     make_space,
     parse_grid_option,
     parse_range,
-    run_name,
 )
+from fedml_plugin_fedmosaic.launch.sweep_space import expand, run_name
 
 MIXES = {
     "llama": {"data.scenario": "a", "sketch.proxy": "small"},
