@@ -79,14 +79,7 @@ class AdapterHandle(ABC):
             AdapterError: a key is missing or unexpected, or a shape differs (all are listed).
         """
         tensors = self.parameters()
-        problems = [f"missing {key}" for key in sorted(tensors.keys() - state.keys())]
-        problems += [f"unexpected {key}" for key in sorted(state.keys() - tensors.keys())]
-        problems += [
-            f"{key}: expected shape {tuple(tensors[key].shape)}, got {tuple(state[key].shape)}"
-            for key in sorted(tensors.keys() & state.keys())
-            if tensors[key].shape != state[key].shape
-        ]
-        raise_problems("adapter state does not fit the model", problems)
+        check_state({key: tensor.shape for key, tensor in tensors.items()}, state)
         with torch.no_grad():
             for key, tensor in tensors.items():
                 tensor.copy_(state[key])
@@ -103,6 +96,26 @@ class AdapterHandle(ABC):
             if tensors[key].requires_grad:
                 groups["ab" if key.part in (Part.A, Part.B) else "pq"].append(tensors[key])
         return groups
+
+
+def check_state(shapes: Mapping[AdapterKey, torch.Size], state: AdapterState) -> None:
+    """Compares an adapter state with the shapes that a model's adapter has.
+
+    Args:
+        shapes: of all adapter tensors of the model.
+        state: what is to be loaded.
+
+    Raises:
+        AdapterError: a key is missing or unexpected, or a shape differs (all are listed).
+    """
+    problems = [f"missing {key}" for key in sorted(shapes.keys() - state.keys())]
+    problems += [f"unexpected {key}" for key in sorted(state.keys() - shapes.keys())]
+    problems += [
+        f"{key}: expected shape {tuple(shapes[key])}, got {tuple(state[key].shape)}"
+        for key in sorted(shapes.keys() & state.keys())
+        if shapes[key] != state[key].shape
+    ]
+    raise_problems("adapter state does not fit the model", problems)
 
 
 def raise_problems(what: str, problems: list[str], hint: str | None = None) -> None:

@@ -21,10 +21,12 @@ from fedml_plugin_fedmosaic.core.registry import ADAPTERS
 from fedml_plugin_fedmosaic.core.rng import derive_seed
 from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
+    AdapterKey,
     AdapterState,
     Branch,
     FitProgress,
     LocalResult,
+    Moments,
     OptimizerState,
     Pass,
     View,
@@ -166,14 +168,14 @@ class TorchEngine:
         batches = batches[: pass_.num_steps]
         optimizer = self._start(pass_, adapter, moments, progress)
         done = 0 if progress is None else len(progress.losses)
-        self._bundle.processor.prefetch(sample for batch in batches[done:] for sample in batch)
+        self._prefetch(batches[done:])
         losses: list[Tensor] = []
         num_tokens = 0 if progress is None else progress.num_tokens
         peak = [group["lr"] for group in optimizer.param_groups]
         stopped = False
         with _own_generator(self._bundle.device) as reseed:
             for step, batch in enumerate(batches[done:], start=done):
-                reseed(derive_seed(seed, "step", step))
+                reseed(self._step_seed(seed, step))
                 for group, rate in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = rate * self._schedule(step, len(batches))
                 loss, tokens = self._step(batch, optimizer, pass_.loss)
@@ -195,8 +197,8 @@ class TorchEngine:
             values = [*progress.losses, *values]
             duration_s += progress.duration_s
         kept = stopped or self._optim.moments == "keep"
-        after = collect_moments(optimizer, self.adapter.parameters()) if kept else {}
-        trained = self.adapter.collect()
+        after = self._collect_moments(optimizer) if kept else {}
+        trained = self._collect()
         if stopped:
             raise FitStopped(
                 FitProgress(
@@ -265,7 +267,7 @@ class TorchEngine:
         self.adapter.model.eval()
         self._bundle.processor.prefetch(samples)
         return score_task(
-            self.adapter.model,
+            self._forward_model(),
             self._bundle.processor,
             samples,
             task,
@@ -285,6 +287,23 @@ class TorchEngine:
         self._bundle.model.requires_grad_(False)
         self._bundle.model.eval()
         self._loaded = None
+
+    # An engine of several ranks does these in its own way.
+
+    def _prefetch(self, batches: Sequence[Sequence[Sample]]) -> None:
+        self._bundle.processor.prefetch(sample for batch in batches for sample in batch)
+
+    def _step_seed(self, seed: int, step: int) -> int:
+        return derive_seed(seed, "step", step)
+
+    def _collect(self) -> dict[AdapterKey, Tensor]:
+        return self.adapter.collect()
+
+    def _collect_moments(self, optimizer: torch.optim.Optimizer) -> dict[AdapterKey, Moments]:
+        return collect_moments(optimizer, self.adapter.parameters())
+
+    def _forward_model(self) -> Any:
+        return self.adapter.model
 
     def _require_open(self) -> None:
         if self._closed:
