@@ -227,9 +227,8 @@ class FaultGuard:
         try:
             yield attempt
         except Exception as error:
-            drop = drop and (self._group_size == 1 or attempt.stage in _GROUP_STAGES)
             found = attempt.dropout(error) if drop else None
-            if found is None:
+            if found is None or not self._all_ranks_see(found[0]):
                 named = attempt.named(error)
                 if named is error:
                     raise
@@ -242,6 +241,10 @@ class FaultGuard:
         if out_of_memory:
             free_memory()
 
+    def _all_ranks_see(self, stage: str) -> bool:
+        """Whether no rank of the group waits for one that has failed in this stage."""
+        return self._group_size == 1 or stage in _GROUP_STAGES
+
     def check(self, shape: UpdateShape, update: ClientUpdate) -> None:
         """Refuses an update that must not be mixed.
 
@@ -250,7 +253,7 @@ class FaultGuard:
             update: what the hook made of it.
 
         Raises:
-            ClientFailure: stage "update"; see :func:`runtime.validation.check_update`.
+            ClientFailure: see :func:`runtime.validation.check_update`.
         """
         check_update(update, shape, self._limits, self._last.get(shape.client_id))
 
@@ -285,7 +288,7 @@ class FaultGuard:
             try:
                 self.check(shapes[client_id], updates[client_id])
             except ClientFailure as error:
-                if self.config.policy == "abort":
+                if self.config.policy == "abort" or not self._all_ranks_see(error.stage):
                     raise
                 self._drop(client_id, error.round_idx, *_own_words(error))
             else:

@@ -91,8 +91,13 @@ def check_update(
     Raises:
         ClientFailure: stage "update": a key is unknown or missing; a tensor is not a dense float32
             CPU tensor, has another shape, or holds NaN or infinite values (the key is named); the
-            norm is too large; or the header does not belong to the update.
+            norm is too large; or the header does not belong to the update. Stage "sketch": the
+            header's sketch is wrong in one of these ways, or is missing.
     """
+    hostile = _sketch_problem(update.header.sketch, expected.sketch)
+    if hostile is not None:
+        reason = f"refused: {hostile}"
+        raise ClientFailure(expected.client_id, expected.round_idx, "sketch", reason)
     problem = (
         _header_problem(update.header, expected)
         or _key_problem(update.tensors, expected.shapes)
@@ -119,11 +124,15 @@ def _header_problem(header: UpdateHeader, expected: UpdateShape) -> str | None:
         )
     if type(header.num_examples) is not int or header.num_examples < 0:
         return f"num_examples is {header.num_examples!r}; expected a whole number >= 0"
-    if expected.sketch is None:
-        return None if header.sketch is None else "it carries a sketch, but none was expected"
-    if header.sketch is None:
-        return f"it carries no sketch; expected one of shape {expected.sketch}"
-    found = _tensor_problem(header.sketch, expected.sketch)
+    return None
+
+
+def _sketch_problem(sketch: Tensor | None, shape: tuple[int, ...] | None) -> str | None:
+    if shape is None:
+        return None if sketch is None else "it carries a sketch, but none was expected"
+    if sketch is None:
+        return f"it carries no sketch; expected one of shape {shape}"
+    found = _tensor_problem(sketch, shape)
     return None if found is None else f"the sketch {found}"
 
 

@@ -142,6 +142,10 @@ def test_one_of_several_ranks_is_not_dropped_alone() -> None:
         fail(by, MemoryError("here only"))
     assert fail(by, DataError("seen by all"), "prepare").state == 1
     assert len(events) == 1
+    # Only the leader has the sketch.
+    hostile = ClientFailure(3, 1, "sketch", "refused: the sketch holds NaN")
+    with pytest.raises(ClientFailure, match="the sketch holds NaN"):
+        fail(by, hostile, "update")
 
 
 def test_what_a_failed_client_held_is_let_go() -> None:

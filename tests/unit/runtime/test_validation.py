@@ -81,7 +81,6 @@ def test_what_the_client_half_made_passes() -> None:
         (replace(update(), header=header(round_idx=1)), "expected client 4, round 3"),
         (replace(update(), header=header(num_examples=-1)), "num_examples is -1"),
         (replace(update(), header=header(num_examples=1.5)), r"num_examples is 1\.5"),
-        (update(torch.zeros(3, 5)), "it carries a sketch, but none was expected"),
     ],
 )
 def test_broken_updates_are_refused(broken: ClientUpdate, message: str) -> None:
@@ -101,8 +100,11 @@ def test_broken_updates_are_refused(broken: ClientUpdate, message: str) -> None:
     ],
 )
 def test_hostile_sketches_are_refused(sketch: Tensor | None, message: str) -> None:
-    with pytest.raises(ClientFailure, match=message):
+    with pytest.raises(ClientFailure, match=message) as failure:
         check_update(update(sketch), UpdateShape.of(update(torch.zeros(3, 5))))
+    assert failure.value.stage == "sketch"
+    with pytest.raises(ClientFailure, match="it carries a sketch, but none was expected"):
+        check_update(update(torch.zeros(3, 5)), SHAPE)
 
 
 def test_the_norm_is_that_of_all_tensors_and_does_not_overflow() -> None:
