@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -34,6 +33,13 @@ HooksFactory = Callable[["Experiment"], "RoundHooks | None"]
     metavar="DIR",
     help="Folder for the results; must not exist or be empty. A new one under runs/ by default.",
 )
+@click.option(
+    "-np",
+    "--ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Start N MPI ranks on this machine (backend MPI).",
+)
 @click.option("--dry-run", is_flag=True, help="Load and check everything, print the plan, stop.")
 @debug_option
 @click.pass_context
@@ -45,6 +51,7 @@ def command(
     algo: str | None,
     backend: str | None,
     run_dir: Path | None,
+    ranks: int | None,
     dry_run: bool,
 ) -> None:
     """Train a federation, evaluate it and print its table.
@@ -57,7 +64,8 @@ def command(
       fedmosaic run --dry-run                          what it would do
       fedmosaic run --algo fedavg --set comm_round=2   another strategy, fewer rounds
       fedmosaic run --cf mine.yaml --run-dir runs/a    your own experiment
-      mpiexec -n 4 fedmosaic run --backend MPI         clients spread over 4 processes
+      fedmosaic run --backend MPI -np 4                clients spread over 4 processes
+      mpiexec -n 4 fedmosaic run --backend MPI         the same, started by yourself
     """
     settings = ctx.obj
     ctx.exit(
@@ -67,6 +75,7 @@ def command(
             backend=backend,
             overrides=overrides,
             run_dir=run_dir,
+            ranks=ranks,
             dry_run=dry_run,
             debug=bool(settings and settings.debug),
         )
@@ -80,6 +89,7 @@ def run_command(
     backend: str | None = None,
     overrides: Sequence[str] = (),
     run_dir: Path | str | None = None,
+    ranks: int | None = None,
     dry_run: bool = False,
     debug: bool = False,
     hooks: HooksFactory | None = None,
@@ -92,6 +102,8 @@ def run_command(
         backend: overrides the configuration's backend.
         overrides: ``section.key=value`` texts.
         run_dir: folder for the results.
+        ranks: start the same run on so many MPI ranks of this machine and wait for it; with
+            ``dry_run`` none is started. None: the ranks that are there.
         dry_run: only load, check and describe.
         debug: show tracebacks of expected errors.
         hooks: makes the host framework's hooks from the experiment; FedML's own by default, when
@@ -101,33 +113,61 @@ def run_command(
         Exit code of the process: 0, 130 after Ctrl-C, or that of the error's class. Errors are
         printed, not raised. In an MPI job with several ranks an error ends the whole job.
     """
-    from fedml_plugin_fedmosaic.launch.env import mpi_world
+    from fedml_plugin_fedmosaic.launch.env import end_job, mpi_world, world
+    from fedml_plugin_fedmosaic.launch.mpiexec import run_ranks
 
     rank, size = mpi_world()
     try:
-        experiment = _load(algo, cf, backend, overrides)
+        if ranks is not None and not dry_run:
+            arguments = _rank_arguments(algo, cf, backend, overrides, run_dir, debug=debug)
+            return run_ranks(ranks, arguments)
+        experiment = _load(algo, cf, backend if ranks is None else "MPI", overrides)
         folder = None if run_dir is None else Path(run_dir)
         if dry_run:
-            prepared = _preparation(experiment, folder, hooks)(())
             if rank == 0:
-                _describe(prepared)
+                several = size if experiment.comm.backend == "MPI" else world("sp")[1]
+                _describe(_preparation(experiment, folder, hooks, ranks or several)(()))
             return 0
         summary = train(experiment, folder, hooks)
         if rank == 0:
             _conclude(summary)
     except (Exception, KeyboardInterrupt) as error:
+        if rank > 0 and getattr(error, "everywhere", False):
+            # Rank 0 has the same error, says so and ends the job.
+            return getattr(error, "exit_code", 1)
         if rank > 0:
             click.echo(f"[rank {rank}]", err=True)
         code = exit_code_of(error, debug=debug)
         if run_dir is not None and not dry_run:
             _note_failure(Path(run_dir), code, error)
-        if size > 1:
-            # The other ranks may wait for this one; a normal exit would wait for them.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        end_job(code)
         return code
     return 0
+
+
+def _rank_arguments(
+    algo: str | None,
+    cf: Path | str | None,
+    backend: str | None,
+    overrides: Sequence[str],
+    run_dir: Path | str | None,
+    *,
+    debug: bool,
+) -> list[str]:
+    """The same command line for one rank."""
+    from fedml_plugin_fedmosaic.core.errors import ConfigError
+
+    if backend is not None and backend.lower() != "mpi":
+        raise ConfigError(
+            f"-np starts MPI ranks, but the backend is {backend}", hint="say --backend MPI"
+        )
+    arguments = ["run", "--backend", "MPI"]
+    for option, value in (("--algo", algo), ("--cf", cf), ("--run-dir", run_dir)):
+        if value is not None:
+            arguments += [option, str(value)]
+    for text in overrides:
+        arguments += ["--set", text]
+    return [*arguments, "--debug"] if debug else arguments
 
 
 def _note_failure(run_dir: Path, code: int, error: BaseException) -> None:
@@ -171,7 +211,10 @@ def train(
 
 
 def _preparation(
-    experiment: Experiment, run_dir: Path | None, hooks: HooksFactory | None
+    experiment: Experiment,
+    run_dir: Path | None,
+    hooks: HooksFactory | None,
+    ranks: int | None = None,
 ) -> Callable[[Sequence[EventSink]], PreparedRun]:
     """Loads data and models once the sinks are known."""
     if hooks is None and experiment.dp.enable_dp:
@@ -185,10 +228,11 @@ def _preparation(
 
         made = hooks(experiment) if hooks is not None else None
         try:
-            return prepare_run(experiment, run_dir, sinks, made)
+            return prepare_run(experiment, run_dir, sinks, made, ranks=ranks)
         except (AdapterError, PlanError) as error:
             # Before anything is trained, a misfit is a mistake in the configuration.
             mistake = ConfigError(error.message, hint=error.hint)
+            mistake.everywhere = error.everywhere
             for note in getattr(error, "__notes__", ()):
                 mistake.add_note(note)
             raise mistake from error
@@ -225,6 +269,9 @@ def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bo
 
             folder = prepared.run_dir / "tensorboard"
             prepared.sinks = (*prepared.sinks, stack.enter_context(TensorBoardSink(folder)))
+        if prepared.topology.size > 1:
+            for label, value in prepared.topology.describe():
+                _print_line(f"{label:<10} {value}")
         return prepared.execute()
 
 

@@ -1,6 +1,6 @@
 """The only reader of rank variables: which process of an MPI job this is.
 
-mpi4py is imported inside :func:`world` and :func:`end_job` only, because that starts MPI.
+mpi4py is imported inside :func:`world` only, because that starts MPI.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from fedml_plugin_fedmosaic.core.errors import LaunchError
 
@@ -75,15 +76,24 @@ def world(backend: str, environ: Mapping[str, str] | None = None) -> tuple[int, 
     return found_rank, found_size
 
 
-def end_job(code: int) -> None:
-    """Ends this process, and with it all ranks of its MPI job, at once; does not return.
+def started_mpi() -> Any:
+    """mpi4py's ``MPI`` module if MPI runs in this process, else None; starts nothing."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 
-    A normal exit would wait for the other ranks, which may wait for this one.
+
+def end_job(code: int) -> None:
+    """Ends this process, and with it all other ranks of its MPI job, at once.
+
+    A normal exit would wait for the other ranks, which may wait for this one. Returns only in a
+    process that has no other ranks beside it.
     """
+    mpi = started_mpi()
+    if max(mpi_world()[1], 1 if mpi is None else mpi.COMM_WORLD.Get_size()) == 1:
+        return
     sys.stdout.flush()
     sys.stderr.flush()
-    mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+    if mpi is not None:
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)
 

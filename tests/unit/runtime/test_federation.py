@@ -62,6 +62,8 @@ def test_run_folder_is_complete(world: Path, tmp_path: Path) -> None:
         "config.yaml",
         "environment.json",
         "clients.json",
+        "topology.json",
+        "status.json",
         "metrics.jsonl",
         "checkpoints",
     }
