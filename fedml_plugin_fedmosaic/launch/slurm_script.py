@@ -66,8 +66,8 @@ echo "$(date +%T) the ranks of $FEDMOSAIC_INCARNATION ended with exit code $code
 
 again=no
 if says interrupted && of_this_start; then again=yes; fi
-# Told before a rank could listen: nothing is lost, nothing is saved.
-if [[ $told == yes && $code == 138 ]]; then again=yes; fi
+# Told before every rank could listen: killed by the signal, back at the last checkpoint.
+if [[ $told == yes ]] && ((code > 128)); then again=yes; fi
 if [[ $again == yes ]] && ((REQUEUE && ${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
   echo "queueing again"
   scontrol requeue "$SLURM_JOB_ID"
