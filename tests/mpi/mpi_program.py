@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import exchange_checks
 import torch
 from toy_federation import random_plan, random_uploads, toy_sketch
 
@@ -94,10 +95,19 @@ def main() -> None:
             comm.abort(7)
         comm.barrier()
         raise SystemExit("failed: barrier returned")
-    # 4 bytes: every float is a message of its own; 36 bytes cut the tensors unevenly.
+    # 36 bytes cut the tensors unevenly.
     counts = [compare(MPICommunicator()), compare(MPICommunicator(piece_bytes=36))]
     compare(MPICommunicator(), num_clients=1)  # the other ranks have no client
     refuse(MPICommunicator())
+    # Results do not depend on the number of threads either, so every other rank uses two.
+    reference = MPICommunicator()
+    torch.set_num_threads(1 + reference.rank % 2)
+    counts += [exchange_checks.relevance(reference), exchange_checks.mixing(reference)]
+    # Client 0 moves to the last rank: who owns what changes nothing either.
+    last = reference.size - 1
+    owners = {client: last - client % reference.size for client in range(exchange_checks.MANY)}
+    moved = MPICommunicator(owners=owners, piece_bytes=4 * 1001)
+    exchange_checks.owners_do_not_matter(moved)
     sys.stdout.write(f"agree rank={comm_rank()} compared={sum(counts)}\n")
 
 

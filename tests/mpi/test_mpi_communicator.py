@@ -1,4 +1,4 @@
-"""MPICommunicator on 1, 2 and 3 ranks gives the same bits as LocalCommunicator."""
+"""MPICommunicator on 1 to 4 ranks gives the same bits as LocalCommunicator."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_ranks(ranks: int, mode: str) -> tuple[int, str]:
     return job.returncode, output
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3)])
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3, 4)])
 def test_same_bits_as_local(ranks: int) -> None:
     code, output = run_ranks(ranks, "compare")
     assert code == 0, output
