@@ -42,13 +42,10 @@ class Unreliable(ToyFederation):
     def train(self, client: int) -> UpdateHeader:
         if client not in self.lost:
             return super().train(client)
-        before, upload = self.clients[client], self.uploads.get(client)
+        # It goes back to where it was; nothing of its work stays behind.
+        kept = [dict(self.clients), dict(self.uploads), dict(self.sketches)]
         super().train(client)
-        self.clients[client] = before
-        if upload is None:
-            del self.uploads[client]
-        else:
-            self.uploads[client] = upload
+        self.clients, self.uploads, self.sketches = kept
         raise _Lost
 
     def play_without(self, lost: frozenset[int]) -> MixingPlan | None:
