@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fedml_plugin_fedmosaic.config.sections import CommonArgs, Experiment, PrivacyConfig
-from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.core.errors import ClientFailure, ConfigError
 from fedml_plugin_fedmosaic.core.types import ClientUpdate, UpdateHeader
 from fedml_plugin_fedmosaic.integrations.fedml.privacy import make_hooks
+from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_update
 
 pytestmark = pytest.mark.fedml
 
@@ -149,3 +150,15 @@ def test_hooks_are_fedmls_and_in_order(monkeypatch):
 def test_options_that_fedml_refuses():
     with pytest.raises(ConfigError, match="Epsilon cannot be greater than 1"):
         hooks_for(mechanism_type="gaussian", epsilon=2.0)
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_an_update_that_fedmls_noise_breaks_is_refused(mechanism):
+    made = update(3)
+    noised = hooks_for(mechanism_type=mechanism).after_local_training(made)
+    check_update(noised, UpdateShape.of(made))
+    # A float32 has no room for noise of this size.
+    broken = hooks_for(mechanism_type=mechanism, sensitivity=1e300).after_local_training(made)
+    expected = r"client 3, round 1, update: refused: conv/1/q_proj/A holds 15 NaN or infinite"
+    with pytest.raises(ClientFailure, match=expected):
+        check_update(broken, UpdateShape.of(made))
