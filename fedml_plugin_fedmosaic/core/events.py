@@ -6,7 +6,7 @@ The runtime emits; nobody below it does. One line of ``metrics.jsonl`` is ``to_r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol
 
 
@@ -149,6 +149,52 @@ TRANSIENT: tuple[type[Event], ...] = (StepsDone, EvaluationProgress)
 """Events for the screen only; they are not written to ``metrics.jsonl``."""
 
 
+_LASTING: Mapping[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (
+        RunStarted,
+        RoundStarted,
+        ClientTrained,
+        ClientDropped,
+        RoundSkipped,
+        PlanMade,
+        RoundFinished,
+        Evaluated,
+        RunFinished,
+    )
+}
+
+
 def to_record(event: Event) -> dict[str, Any]:
     """The event as a JSON-ready dictionary with its type under ``event``."""
     return {"event": type(event).__name__, **asdict(event)}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def from_record(record: Mapping[str, Any]) -> Event | None:
+    """The inverse of :func:`to_record`.
+
+    Args:
+        record: one JSON object of ``metrics.jsonl``.
+
+    Returns:
+        The event; None for an event type that this version does not know.
+
+    Raises:
+        KeyError: the record has no ``event`` or lacks a field.
+    """
+    kind = _LASTING.get(record["event"])
+    if kind is None:
+        return None
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.name not in record and item.name == "final":
+            continue
+        value = record[item.name]
+        if item.name.endswith("_bytes"):
+            value = {int(key): int(number) for key, number in value.items()}
+        values[item.name] = _tuples(value)
+    return kind(**values)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,6 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 BASE = "base"
 """Name under which the untouched base models are evaluated."""
-
-_STORED: Mapping[str, type[ev.Event]] = {
-    kind.__name__: kind
-    for kind in (
-        ev.RunStarted,
-        ev.RoundStarted,
-        ev.ClientTrained,
-        ev.ClientDropped,
-        ev.RoundSkipped,
-        ev.PlanMade,
-        ev.RoundFinished,
-        ev.Evaluated,
-        ev.RunFinished,
-    )
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,36 +41,6 @@ class ClientInfo:
     def label(self) -> str:
         """Family and size, as tables show a model."""
         return f"{self.family} {self.size}".strip()
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def event_from_record(record: Mapping[str, Any]) -> ev.Event | None:
-    """The inverse of ``core.events.to_record``.
-
-    Args:
-        record: one JSON object of ``metrics.jsonl``.
-
-    Returns:
-        The event; None for an event type that this version does not know.
-
-    Raises:
-        KeyError: the record has no ``event`` or lacks a field.
-    """
-    kind = _STORED.get(record["event"])
-    if kind is None:
-        return None
-    values: dict[str, Any] = {}
-    for item in fields(kind):
-        if item.name not in record and item.name == "final":
-            continue
-        value = record[item.name]
-        if item.name.endswith("_bytes"):
-            value = {int(key): int(number) for key, number in value.items()}
-        values[item.name] = _tuples(value)
-    return kind(**values)
 
 
 def read_events(path: Path) -> list[ev.Event]:
@@ -115,7 +69,7 @@ def read_events(path: Path) -> list[ev.Event]:
             continue
         try:
             record = json.loads(line)
-            event = event_from_record(record)
+            event = ev.from_record(record)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             if number == last and not text.endswith("\n"):
                 _LOG.warning("%s:%d: torn last line left out", path, number + 1)
@@ -165,7 +119,8 @@ def read_clients(path: Path) -> tuple[ClientInfo, ...]:
     clients = []
     for position, record in enumerate(records):
         try:
-            values = {item.name: _tuples(record[item.name]) for item in fields(ClientInfo)}
+            values = {item.name: record[item.name] for item in fields(ClientInfo)}
+            values["tasks"] = tuple(values["tasks"])
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}: client at position {position} lacks {error}") from error
         clients.append(ClientInfo(**values))

@@ -78,6 +78,10 @@ class Arrivals:
             self._memory, drawn = self._memory.draw(arrived, num_steps, self._batch_size, draws)
         return [[self._samples[str(item)] for item in batch] for batch in drawn]
 
+    def shares(self, num_rounds: int) -> tuple[tuple[str, ...], ...]:
+        """Ids of the samples that arrive in each of the first rounds."""
+        return tuple(self._rounds[:num_rounds])
+
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
         return {"next_round": self._next_round, "memory": self._memory.to_state()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientManifest,
     ClientState,
     ClientUpdate,
+    FitProgress,
     LocalResult,
     Pass,
     SharedTensors,
     UpdateHeader,
 )
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample
+from fedml_plugin_fedmosaic.engine.base import ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
@@ -82,7 +84,6 @@ class ClientSnapshot:
 
     state: ClientState
     arrivals: Mapping[str, Any]
-    dirty: bool
 
 
 class ClientRunner:
@@ -91,7 +92,6 @@ class ClientRunner:
     Attributes:
         manifest: what the server knows of the client.
         state: what survives a round.
-        dirty: whether the state has changed since it was last saved.
     """
 
     def __init__(
@@ -106,7 +106,6 @@ class ClientRunner:
         self.manifest = manifest
         self.data = data
         self.engine = engine
-        self.dirty = False
         self._strategy = strategy
         self._experiment = experiment
         self._seed = experiment.common.random_seed
@@ -124,15 +123,29 @@ class ClientRunner:
 
     def snapshot(self) -> ClientSnapshot:
         """Where the client stands, for :meth:`restore`; cheap, because states are never changed."""
-        return ClientSnapshot(state=self.state, arrivals=self._arrivals.state(), dirty=self.dirty)
+        return ClientSnapshot(state=self.state, arrivals=self._arrivals.state())
 
     def restore(self, snapshot: ClientSnapshot) -> None:
         """Goes back to a snapshot: samples drawn since then are drawn again in the next round."""
         self.state = snapshot.state
         self._arrivals.restore(snapshot.arrivals)
-        self.dirty = snapshot.dirty
         self._batches = ()
         self._result = None
+
+    def adopt(self, state: ClientState) -> None:
+        """Takes a saved state of after a round, with the arrivals that belong to it.
+
+        Raises:
+            CheckpointError: the state remembers samples that the client does not have.
+        """
+        self.state = state
+        self._arrivals.restore(state.extra["arrivals"])
+        self._batches = ()
+        self._result = None
+
+    def go_on(self, state: ClientState) -> None:
+        """Takes a saved state of inside the round; the round's batches stay as drawn."""
+        self.state = state
 
     def context(self, round_idx: int) -> ClientContext:
         """What the client half may know in a round."""
@@ -147,26 +160,44 @@ class ClientRunner:
 
     def prepare(self, downlink: SharedTensors, round_idx: int) -> tuple[Pass, ...]:
         """Takes the downlink in, draws the round's batches, and says which passes to train."""
-        self.dirty = True
         context = self.context(round_idx)
         self.state, passes = self._strategy.client.prepare(downlink, self.state, context)
         self._batches = self._arrivals.batches(round_idx, context.num_steps)
         self._result = None
         return passes
 
-    def fit(self, pass_: Pass, round_idx: int, on_step: Callable[[int, int], None]) -> LocalResult:
-        """Trains one pass on the round's batches."""
+    def fit(
+        self,
+        pass_: Pass,
+        round_idx: int,
+        on_step: StepCallback,
+        *,
+        progress: FitProgress | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> LocalResult:
+        """Trains one pass on the round's batches, or goes on with a pass that was stopped.
+
+        Raises:
+            FitStopped: ``should_stop`` said so; the state is that of before the pass.
+        """
         optim = self._experiment.optim
-        progress = round_idx / max(self._experiment.train.comm_round, 1)
-        scale = 1.0 - (1.0 - optim.final_lr_fraction) * progress
+        share = round_idx / max(self._experiment.train.comm_round, 1)
+        scale = 1.0 - (1.0 - optim.final_lr_fraction) * share
         result = self.engine.fit(
             replace(pass_, lr_scale=pass_.lr_scale * scale),
             self.state.adapter,
             self._batches[: pass_.num_steps],
             seed=derive_seed(self._seed, "fit", self.manifest.client_id, round_idx, pass_.name),
             on_step=on_step,
+            moments=self.state.moments,
+            progress=progress,
+            should_stop=should_stop,
         )
-        self.state = replace(self.state, adapter=result.adapter)
+        self.state = replace(
+            self.state,
+            adapter=result.adapter,
+            moments={**self.state.moments, **result.moments},
+        )
         self._result = result
         return result
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from fedml_plugin_fedmosaic.core.events import ClientTrained, EventSink, StepsDone
+from fedml_plugin_fedmosaic.core.events import (
+    ClientTrained,
+    EventSink,
+    StepsDone,
+    from_record,
+    to_record,
+)
 from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
+from fedml_plugin_fedmosaic.engine.base import FitStopped, ShouldStop
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner
 from fedml_plugin_fedmosaic.runtime.faults import Attempt, FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
+from fedml_plugin_fedmosaic.runtime.keeper import Keeper
+from fedml_plugin_fedmosaic.runtime.records import ClientRecord, EventRecord, StepRecord
+from fedml_plugin_fedmosaic.runtime.sinks import Recorder
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape
 
 
@@ -22,6 +33,11 @@ class CohortTrainer:
         hooks: the host framework's hooks.
         sketcher: computes sketches; None if the strategy needs none.
         guard: says what happens to a client that fails.
+        keeper: saves finished clients and knows those of an interrupted round.
+        should_stop: asked between clients and between optimizer steps.
+
+    Attributes:
+        stopped: whether the last round was left before all clients were done.
     """
 
     def __init__(
@@ -31,12 +47,17 @@ class CohortTrainer:
         hooks: RoundHooks,
         sketcher: SketchEngine | None,
         guard: FaultGuard,
+        keeper: Keeper,
+        should_stop: ShouldStop,
     ) -> None:
         self._strategy = strategy
         self._sink = sink
         self._hooks = hooks
         self._sketcher = sketcher
         self._guard = guard
+        self._keeper = keeper
+        self._should_stop = should_stop
+        self.stopped = False
 
     def train(
         self,
@@ -46,25 +67,60 @@ class CohortTrainer:
     ) -> dict[int, ClientUpdate]:
         """Trains each client and returns what it sends; dropped clients are left out.
 
+        A client is saved as soon as it is done. One that was done before the run was interrupted
+        is not trained again; its events are.
+
         Args:
             round_idx: 0-based round.
             clients: members of the cohort that this rank owns, in the order of training.
             downlinks: what each client last received; absent means nothing.
 
         Raises:
+            CheckpointError: a client cannot be saved, or its file is damaged.
             ClientFailure: a client failed; the original error is its cause.
             FedMosaicError: an error of this package, with the client and the stage as a note.
         """
         updates: dict[int, ClientUpdate] = {}
+        self.stopped = False
         for client_id, client in clients.items():
+            record = self._keeper.finished(round_idx, client_id)
+            if record is not None:
+                client.adopt(record.state)
+                self._report_again(record.events)
+                updates[client_id] = record.update
+                continue
+            if self._should_stop():
+                self.stopped = True
+                break
             if self._guard.is_late(client_id, round_idx):
                 continue
-            with self._guard.attempt(client, round_idx) as attempt:
-                updates[client_id] = self._train(client, downlinks.get(client_id, {}), attempt)
+            recorder = Recorder(self._sink)
+            try:
+                with self._guard.attempt(client, round_idx) as attempt:
+                    updates[client_id] = self._train(
+                        client, downlinks.get(client_id, {}), attempt, recorder
+                    )
+            except FitStopped:
+                self.stopped = True
+                break
+            if client_id in updates:
+                events = tuple(to_record(event) for event in recorder.events)
+                record = ClientRecord(state=client.state, update=updates[client_id], events=events)
+                self._keeper.client_done(round_idx, client_id, record)
         return updates
 
+    def _report_again(self, events: Sequence[EventRecord]) -> None:
+        for record in events:
+            event = from_record(record)
+            if event is not None:
+                self._sink(event)
+
     def _train(
-        self, client: ClientRunner, downlink: SharedTensors, attempt: Attempt
+        self,
+        client: ClientRunner,
+        downlink: SharedTensors,
+        attempt: Attempt,
+        recorder: Recorder,
     ) -> ClientUpdate:
         client_id, round_idx = attempt.client_id, attempt.round_idx
 
@@ -80,12 +136,32 @@ class CohortTrainer:
             )
             self._guard.check_time(client_id, round_idx, f"it had done {done} of {total} steps")
 
+        step = self._keeper.stopped(round_idx, client_id)
         downlink = self._hooks.before_local_training(client_id, downlink)
         passes = client.prepare(downlink, round_idx)
         attempt.stage = "fit"
-        for pass_ in passes:
-            result = client.fit(pass_, round_idx, on_step)
-            self._sink(
+        first = 0
+        if step is not None:
+            first = step.pass_idx
+            client.go_on(step.state)
+            for event in filter(None, map(from_record, step.events)):
+                recorder(event)
+        for index, pass_ in enumerate(passes[first:], start=first):
+            progress = step.progress if step is not None and index == first else None
+            try:
+                result = client.fit(
+                    pass_, round_idx, on_step, progress=progress, should_stop=self._should_stop
+                )
+            except FitStopped as stop:
+                record = StepRecord(
+                    pass_idx=index,
+                    state=replace(client.state, adapter=stop.progress.adapter),
+                    progress=stop.progress,
+                    events=tuple(to_record(event) for event in recorder.events),
+                )
+                self._keeper.client_stopped(round_idx, client_id, record)
+                raise
+            recorder(
                 ClientTrained(
                     strategy=self._strategy,
                     round_idx=round_idx,

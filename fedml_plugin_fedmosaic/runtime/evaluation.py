@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, Experiment
 from fedml_plugin_fedmosaic.core.events import Evaluated, EvaluationProgress, EventSink
 from fedml_plugin_fedmosaic.core.types import View
 from fedml_plugin_fedmosaic.data.base import FederatedData, Sample
-from fedml_plugin_fedmosaic.engine.base import Score
+from fedml_plugin_fedmosaic.engine.base import Score, ShouldStop
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner
+from fedml_plugin_fedmosaic.runtime.journal import ScoreKey
+from fedml_plugin_fedmosaic.runtime.signals import never
 from fedml_plugin_fedmosaic.strategies.base import Strategy
 
 BASE = "base"
@@ -41,15 +43,32 @@ def evaluate_base(
     bundles: Mapping[str, ModelBundle],
     owned: Sequence[int],
     sink: EventSink,
-) -> None:
-    """Scores the untouched base models, once per model and task, for every owned client."""
+    known: Collection[ScoreKey] = (),
+    should_stop: ShouldStop = never,
+) -> bool:
+    """Scores the untouched base models, once per model and task, for every owned client.
+
+    Args:
+        experiment: the run.
+        data: its data.
+        bundles: base models by name.
+        owned: clients of this rank.
+        sink: takes the scores.
+        known: scores that an earlier life of the run has reported.
+        should_stop: asked before each task.
+
+    Returns:
+        Whether all is done; False if it was stopped.
+    """
     clients = [client for client in data.clients if client.client_id in owned]
     others = experiment.evaluation.others
-    wanted = {
-        (client.model_id, task)
+    jobs = [
+        (client, task)
         for client in clients
         for task in (data.tasks if others else _scored(data, [own.name for own in client.tasks]))
-    }
+        if (BASE, -1, client.client_id, str(View.BASE), task, True) not in known
+    ]
+    wanted = {(client.model_id, task) for client, task in jobs}
     scores: dict[tuple[str, str], Score] = {}
     for model in sorted({model for model, _ in wanted}):
         # A minimal adapter structure: the view "base" switches it off.
@@ -63,6 +82,8 @@ def evaluate_base(
         )
         try:
             for task in sorted(task for name, task in wanted if name == model):
+                if should_stop():
+                    return False
                 samples = _test_samples(experiment, data, task, final=True)
                 scores[model, task] = engine.evaluate(None, View.BASE, samples, data.tasks[task])
                 sink(
@@ -70,24 +91,23 @@ def evaluate_base(
                 )
         finally:
             engine.close()
-    for client in clients:
-        own = [task.name for task in client.tasks]
-        for task in data.tasks if others else _scored(data, own):
-            score = scores[client.model_id, task]
-            sink(
-                Evaluated(
-                    strategy=BASE,
-                    round_idx=-1,
-                    client_id=client.client_id,
-                    view=View.BASE,
-                    scope=_scope(task, own),
-                    task=task,
-                    metric=score.metric,
-                    value=score.value,
-                    num_samples=score.num_samples,
-                    final=True,
-                )
+    for client, task in jobs:
+        score = scores[client.model_id, task]
+        sink(
+            Evaluated(
+                strategy=BASE,
+                round_idx=-1,
+                client_id=client.client_id,
+                view=View.BASE,
+                scope=_scope(task, [own.name for own in client.tasks]),
+                task=task,
+                metric=score.metric,
+                value=score.value,
+                num_samples=score.num_samples,
+                final=True,
             )
+        )
+    return True
 
 
 def evaluate_clients(
@@ -99,11 +119,17 @@ def evaluate_clients(
     round_idx: int,
     final: bool,
     sink: EventSink,
-) -> None:
+    known: Collection[ScoreKey] = (),
+    should_stop: ShouldStop = never,
+) -> bool:
     """Scores the clients' present models.
 
     Between rounds: own tasks, the strategy's own view, ``round_samples`` samples. After the last
-    round: also the others' tasks and the further views that the configuration asks for.
+    round: also the others' tasks and the further views that the configuration asks for. Scores
+    that are ``known`` are left out.
+
+    Returns:
+        Whether all is done; False if ``should_stop`` said so before a task.
     """
     views = [strategy.eval_view]
     if final:
@@ -112,8 +138,16 @@ def evaluate_clients(
     for client in clients.values():
         own = _scored(data, client.manifest.tasks)
         tasks = list(data.tasks) if final and experiment.evaluation.others else own
-        jobs += [(client, view, task) for view in views for task in tasks]
+        where = (strategy.name, round_idx, client.manifest.client_id)
+        jobs += [
+            (client, view, task)
+            for view in views
+            for task in tasks
+            if (*where, str(view), task, final) not in known
+        ]
     for done, (client, view, task) in enumerate(jobs, start=1):
+        if should_stop():
+            return False
         samples = _test_samples(experiment, data, task, final=final)
         score = client.engine.evaluate(client.state.adapter, View(view), samples, data.tasks[task])
         sink(
@@ -131,3 +165,4 @@ def evaluate_clients(
             )
         )
         sink(EvaluationProgress(strategy=strategy.name, done=done, total=len(jobs)))
+    return True

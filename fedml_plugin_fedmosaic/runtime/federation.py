@@ -13,7 +13,9 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,18 +23,31 @@ from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
 from fedml_plugin_fedmosaic.config.loader import dump_experiment
 from fedml_plugin_fedmosaic.config.sections import Experiment
-from fedml_plugin_fedmosaic.core.errors import ConfigError, FedMosaicError, LaunchError
+from fedml_plugin_fedmosaic.core.errors import (
+    ConfigError,
+    FedMosaicError,
+    LaunchError,
+    RunInterrupted,
+)
 from fedml_plugin_fedmosaic.core.events import EventSink, RunFinished
 from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.data.base import FederatedData
-from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.base import ModelInfo, ShouldStop
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES
 from fedml_plugin_fedmosaic.launch.env import world
 from fedml_plugin_fedmosaic.launch.topology import Topology
 from fedml_plugin_fedmosaic.runtime.environment import collect_environment
-from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_base
+from fedml_plugin_fedmosaic.runtime.evaluation import BASE, evaluate_base
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
+from fedml_plugin_fedmosaic.runtime.journal import known_scores, rank_file, settle
+from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
+from fedml_plugin_fedmosaic.runtime.resume import (
+    CLIENTS_FILE,
+    begin_again,
+    check_rounds,
+    check_same_clients,
+)
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.setup import (
     choose_proxy,
@@ -43,9 +58,10 @@ from fedml_plugin_fedmosaic.runtime.setup import (
     together,
     used_models,
 )
-from fedml_plugin_fedmosaic.runtime.sinks import FanOut, JsonLines, merge_rank_files
+from fedml_plugin_fedmosaic.runtime.signals import never
+from fedml_plugin_fedmosaic.runtime.sinks import FanOut, JsonLines
 from fedml_plugin_fedmosaic.runtime.status import say_ended, say_running
-from fedml_plugin_fedmosaic.runtime.store import write_atomic
+from fedml_plugin_fedmosaic.runtime.treefile import write_atomic, write_error
 
 LOG = logging.getLogger(__name__)
 
@@ -134,6 +150,9 @@ class PreparedRun:
     run_dir: Path
     sinks: tuple[EventSink, ...]
     hooks: RoundHooks
+    resume: bool = False
+    from_round: int | None = None
+    should_stop: ShouldStop = never
 
     def describe(self) -> list[tuple[str, str]]:
         """What would run, as (label, value) lines for ``--dry-run``."""
@@ -170,6 +189,8 @@ class PreparedRun:
 
         Raises:
             ClientFailure: a client failed; what finished before is in the run folder.
+            CheckpointError: the run folder cannot be written, or a file in it is damaged.
+            RunInterrupted: ``should_stop`` said so; the run can be resumed.
         """
         try:
             return self._execute()
@@ -183,6 +204,8 @@ class PreparedRun:
     def _note_error(self, error: BaseException) -> None:
         """Keeps what ended a rank of an MPI job, because its output may not reach the user."""
         if self.comm is None or self.comm.size == 1 or not self.run_dir.is_dir():
+            return
+        if isinstance(error, RunInterrupted):
             return
         text = "".join(traceback.format_exception(error))
         try:
@@ -201,21 +224,37 @@ class PreparedRun:
     def _execute(self) -> RunSummary:
         started = time.perf_counter()
         comm = self._communicator()
-        metrics_name = "metrics.jsonl" if comm.rank == 0 else f"metrics.rank{comm.rank}.jsonl"
-        if comm.rank == 0:
-            self._write_header()
-            say_running(self.run_dir)
-        comm.barrier()
-        metrics = JsonLines(self.run_dir / metrics_name)
+        together(comm, lambda: self._open_folder(comm) if comm.rank == 0 else None)
+        metrics = JsonLines(rank_file(self.run_dir, comm.rank), everything=comm.rank == 0)
+        life = Life(
+            run_dir=self.run_dir,
+            known=together(comm, lambda: known_scores(self.run_dir) if self.resume else ()),
+            should_stop=self.should_stop,
+            sync=metrics.sync,
+        )
         # The other ranks of a group see the same events as its leader.
         sink = FanOut([metrics, *self.sinks] if comm.is_leader else [])
         owned = comm.owned([client.client_id for client in self.data.clients])
         train_s = 0.0
         try:
             if self.experiment.evaluation.base:
-                evaluate_base(self.experiment, self.data, self.bundles, owned, sink)
+                done = evaluate_base(
+                    self.experiment,
+                    self.data,
+                    self.bundles,
+                    owned,
+                    sink,
+                    life.known,
+                    life.should_stop,
+                )
+                life.go_on(comm, stopped=not done)
             for name in strategies_of(self.experiment):
                 began = time.perf_counter()
+                store = open_store(self.run_dir, name, self.experiment, comm)
+                earlier = together(comm, store.finished) if self.resume else None
+                if earlier is not None:
+                    train_s += earlier["train_s"]
+                    continue
                 run = StrategyRun(
                     name=name,
                     experiment=self.experiment,
@@ -226,6 +265,7 @@ class PreparedRun:
                     sink=sink,
                     hooks=self.hooks,
                     run_dir=self.run_dir,
+                    life=life,
                 )
                 run.execute()
                 train_s += run.train_s
@@ -236,12 +276,12 @@ class PreparedRun:
                         train_s=run.train_s,
                     )
                 )
+                together(comm, metrics.sync)
+                finished = partial(store.finish, {"train_s": run.train_s})
+                together(comm, finished)
         finally:
             metrics.close()
-        comm.barrier()
-        if comm.rank == 0:
-            merge_rank_files(self.run_dir, comm.size)
-            say_ended(self.run_dir, 0)
+        together(comm, lambda: self._settle() if comm.rank == 0 else None)
         return RunSummary(
             run_dir=self.run_dir,
             strategies=strategies_of(self.experiment),
@@ -249,14 +289,42 @@ class PreparedRun:
             train_s=train_s,
         )
 
+    def _open_folder(self, comm: Communicator) -> None:
+        """Makes the run folder, or takes up an earlier life's; on rank 0."""
+        if self.resume:
+            begin_again(
+                self.run_dir,
+                strategies_of(self.experiment),
+                self.experiment,
+                comm,
+                base=BASE,
+                from_round=self.from_round,
+            )
+        self._write_header()
+        say_running(self.run_dir)
+
+    def _settle(self) -> None:
+        settle(self.run_dir, (BASE, *strategies_of(self.experiment)))
+        say_ended(self.run_dir, 0)
+
     def _write_header(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.run_dir, error) from error
         write_atomic(self.run_dir / "config.yaml", dump_experiment(self.experiment).encode())
-        environment = collect_environment(seed=self.experiment.common.random_seed)
-        write_atomic(self.run_dir / "environment.json", json.dumps(environment, indent=1).encode())
         topology = json.dumps(self.topology.to_json(), indent=1)
         write_atomic(self.run_dir / "topology.json", topology.encode())
-        clients = [
+        if self.resume:
+            return
+        environment = collect_environment(seed=self.experiment.common.random_seed)
+        write_atomic(self.run_dir / "environment.json", json.dumps(environment, indent=1).encode())
+        clients = json.dumps(self.clients(), indent=1)
+        write_atomic(self.run_dir / CLIENTS_FILE, clients.encode())
+
+    def clients(self) -> list[dict[str, Any]]:
+        """What ``clients.json`` says of each client."""
+        return [
             {
                 "client_id": client.client_id,
                 "model": client.model_id,
@@ -268,7 +336,6 @@ class PreparedRun:
             }
             for client in self.data.clients
         ]
-        write_atomic(self.run_dir / "clients.json", json.dumps(clients, indent=1).encode())
 
 
 def prepare_run(
@@ -278,6 +345,8 @@ def prepare_run(
     hooks: RoundHooks | None = None,
     *,
     ranks: int | None = None,
+    resume: bool = False,
+    from_round: int | None = None,
 ) -> PreparedRun:
     """Loads data and models and checks that every strategy can run; writes no run folder.
 
@@ -291,12 +360,15 @@ def prepare_run(
         hooks: the host framework's hooks.
         ranks: plan and check for so many ranks, but in this process alone and without MPI; the
             result can be described, not executed. None: the ranks of this job.
+        resume: go on with the run in ``run_dir``.
+        from_round: with ``resume``: rounds to keep of the strategy that is not finished.
 
     Raises:
         ConfigError: configuration, scenario and models do not fit together, or the clients need
             more ranks than there are.
         DataError: the data are broken.
         AdapterError: rank or number of blocks is more than a model allows.
+        CheckpointError: with ``resume``: data or models have changed since.
         LaunchError: the ranks that were started do not form one MPI job, or backend sp was started
             on several.
     """
@@ -314,9 +386,17 @@ def prepare_run(
     proxy = choose_proxy(experiment, outlines)
     topology = plan_ranks(experiment, data, outlines, world_size)
     comm = open_communicator(experiment, topology) if ranks is None else LocalCommunicator()
+
     # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
-    chosen = together(comm, lambda: _claim_run_dir(experiment, run_dir) if comm.rank == 0 else None)
-    chosen_dir = Path(comm.share(str(chosen))[0])
+    def claim() -> Path | None:
+        if not resume:
+            return _claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
+        if run_dir is None:
+            raise ConfigError("a run is resumed from its folder, but none is given")
+        check_rounds(run_dir, experiment, data)
+        return run_dir
+
+    chosen_dir = Path(comm.share(str(together(comm, claim)))[0])
     needed = needed_models(data, comm, names, proxy)
     bundles = together(
         comm, lambda: {name: load_model(name, models[name], device) for name in needed}
@@ -338,7 +418,11 @@ def prepare_run(
         run_dir=chosen_dir,
         sinks=tuple(sinks),
         hooks=hooks or NoHooks(),
+        resume=resume,
+        from_round=from_round,
     )
+    if resume:
+        together(comm, lambda: check_same_clients(chosen_dir, prepared.clients()))
     LOG.info("prepared %s: %d clients, models %s", names, len(data.clients), ", ".join(outlines))
     return prepared
 

@@ -12,7 +12,15 @@ from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
 
 
 class RoundHooks(Protocol):
-    """Four places of a round; each returns what takes the place of its input."""
+    """Places of a round; each returns what takes the place of its input.
+
+    What a hook returns may depend on its arguments, the round and the configuration only: a
+    resumed run calls it again.
+    """
+
+    def begin_round(self, round_idx: int) -> None:
+        """Called on every rank before anything else in a round (0-based)."""
+        ...
 
     def before_local_training(self, client_id: int, downlink: SharedTensors) -> SharedTensors:
         """Called per client with what it received."""
@@ -35,6 +43,9 @@ class RoundHooks(Protocol):
 
 class NoHooks:
     """Changes nothing."""
+
+    def begin_round(self, round_idx: int) -> None:
+        """Nothing to do."""
 
     def before_local_training(self, client_id: int, downlink: SharedTensors) -> SharedTensors:  # noqa: ARG002
         """Returns the downlink."""

@@ -34,8 +34,10 @@ from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
 from fedml_plugin_fedmosaic.runtime.faults import FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
+from fedml_plugin_fedmosaic.runtime.keeper import Keeper, Standing
+from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
 from fedml_plugin_fedmosaic.runtime.setup import share_manifests, together
-from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, to_rows
+from fedml_plugin_fedmosaic.runtime.store import to_rows
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
 from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
 
@@ -75,6 +77,7 @@ class StrategyRun:
         sink: EventSink,
         hooks: RoundHooks,
         run_dir: Path,
+        life: Life,
     ) -> None:
         self.name = name
         self.experiment = experiment
@@ -90,10 +93,16 @@ class StrategyRun:
         self.pool = EnginePool(experiment, bundles, self.strategy.adapter)
         # Only ranks that compute sketches have loaded it.
         self.proxy = bundles.get(proxy)
-        self.store = CheckpointStore(
-            run_dir / "checkpoints" / name, keep_last=experiment.run.keep_last, rank=comm.rank
-        )
+        self.life = life
         self.guard = FaultGuard(experiment.faults, name, sink, group_size=comm.group_size)
+        self.keeper = Keeper(
+            open_store(run_dir, name, experiment, comm),
+            comm,
+            self.guard.ledger,
+            save_every=experiment.run.save_every,
+            num_rounds=self.num_rounds,
+            sync=life.sync,
+        )
         self.train_s = 0.0
 
     @classmethod
@@ -124,7 +133,11 @@ class StrategyRun:
             pool.close()
 
     def execute(self) -> None:
-        """Runs all rounds, then the last evaluation."""
+        """Runs the rounds that are not saved yet, then the last evaluation.
+
+        Raises:
+            RunInterrupted: a rank was asked to stop; all is saved.
+        """
         try:
             self._execute()
         finally:
@@ -134,7 +147,10 @@ class StrategyRun:
         owned = self.comm.owned([client.client_id for client in self.data.clients])
         mine = build_clients(self.experiment, self.data, self.pool, self.strategy, owned)
         manifests = share_manifests(self.comm, [client.manifest for client in mine.values()])
-        state: ServerState = self.strategy.init(manifests, self.seed)
+        standing = self.keeper.take_up(mine) or Standing(
+            server=self.strategy.init(manifests, self.seed)
+        )
+        self.train_s = standing.train_s
         self.sink(
             RunStarted(
                 strategy=self.name,
@@ -144,21 +160,49 @@ class StrategyRun:
                 run_dir=str(self.run_dir),
             )
         )
-        trainer = CohortTrainer(self.name, self.sink, self.hooks, self._sketcher(mine), self.guard)
-        downlinks: dict[int, SharedTensors] = {}
-        uploads: dict[int, SharedTensors] = {}
-        for round_idx in range(self.num_rounds):
-            began = time.perf_counter()
-            cohort = self.strategy.select(state, round_idx, self.clients_per_round)
-            self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
-            trained = [client_id for client_id in cohort if client_id in owned]
-            self.guard.begin_round(uploads)
-            updates = trainer.train(round_idx, {i: mine[i] for i in trained}, downlinks)
-            state, received = self._aggregate(round_idx, cohort, updates, state, uploads, mine)
-            downlinks.update(received)
-            self._report_round(round_idx, time.perf_counter() - began)
-            self._checkpoint(round_idx, state, mine, trained, downlinks)
+        trainer = CohortTrainer(
+            self.name,
+            self.sink,
+            self.hooks,
+            self._sketcher(mine),
+            self.guard,
+            self.keeper,
+            self.life.should_stop,
+        )
+        if standing.next_round > 0:
+            self._evaluate(standing.next_round - 1, mine)
+        for round_idx in range(standing.next_round, self.num_rounds):
+            self._round(round_idx, standing, mine, trainer)
             self._evaluate(round_idx, mine)
+
+    def _round(
+        self,
+        round_idx: int,
+        standing: Standing,
+        mine: Mapping[int, ClientRunner],
+        trainer: CohortTrainer,
+    ) -> None:
+        began = time.perf_counter()
+        self.hooks.begin_round(round_idx)
+        cohort = self.strategy.select(standing.server, round_idx, self.clients_per_round)
+        self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
+        self.guard.begin_round(standing.uploads)
+        trained = {client_id: mine[client_id] for client_id in cohort if client_id in mine}
+        updates = trainer.train(round_idx, trained, standing.downlinks)
+        self.life.go_on(self.comm, stopped=trainer.stopped)
+        before = dict(standing.uploads)
+        standing.server, received = self._aggregate(
+            round_idx, cohort, updates, standing.server, standing.uploads, mine
+        )
+        standing.downlinks.update(received)
+        accepted = {
+            client_id: tensors
+            for client_id, tensors in standing.uploads.items()
+            if tensors is not before.get(client_id)
+        }
+        self._report_round(round_idx, time.perf_counter() - began)
+        standing.train_s = self.train_s
+        self.keeper.round_done(round_idx, standing, received, accepted)
 
     def _sketcher(self, mine: Mapping[int, ClientRunner]) -> SketchEngine | None:
         """Computes sketches: once per rank group, on its leader."""
@@ -227,32 +271,12 @@ class StrategyRun:
             )
         )
 
-    def _checkpoint(
-        self,
-        round_idx: int,
-        state: ServerState,
-        mine: Mapping[int, ClientRunner],
-        trained: list[int],
-        downlinks: Mapping[int, SharedTensors],
-    ) -> None:
-        last = round_idx == self.num_rounds - 1
-        if not last and (round_idx + 1) % self.experiment.run.save_every:
-            return
-        # With save_every > 1 a client may have trained in a round that was not saved.
-        changed = {i: client.state for i, client in mine.items() if client.dirty or i in trained}
-        written = (
-            self.store.save_clients(round_idx, changed, downlinks) if self.comm.is_leader else {}
-        )
-        for client_id in changed:
-            mine[client_id].dirty = False
-        self.comm.barrier()
-        self.store.commit(round_idx, state, written)
-
     def _evaluate(self, round_idx: int, mine: Mapping[int, ClientRunner]) -> None:
         last = round_idx == self.num_rounds - 1
         every = self.experiment.evaluation.every
+        done = True
         if last or (every and (round_idx + 1) % every == 0):
-            evaluate_clients(
+            done = evaluate_clients(
                 strategy=self.strategy,
                 experiment=self.experiment,
                 data=self.data,
@@ -260,4 +284,7 @@ class StrategyRun:
                 round_idx=round_idx,
                 final=last,
                 sink=self.sink,
+                known=self.life.known,
+                should_stop=self.life.should_stop,
             )
+        self.life.go_on(self.comm, stopped=not done)

@@ -3,162 +3,65 @@
 Layout of ``checkpoints/<strategy>/``::
 
     round-0003.json                      which file holds what, with a checksum each
-    server-round-0003.safetensors/.json  the strategy's state
-    client-002-round-0003.safetensors/.json
-    ...
+    server-round-0003.safetensors        the strategy's state and the loop's own
+    client-002-round-0003.safetensors    a client's state, its update and its events
+    downlink-002-round-0003.safetensors  what it received
+    upload-002-round-0003.safetensors    its update, where a hook changed it before the mixing
+    step-002-round-0004.safetensors      a client that was stopped inside a pass
+    finished.json                        the strategy is done, with its last evaluation
 
-A client that sat a round out keeps its older file; files that no kept round refers to are deleted.
-Every file is written under a temporary name, flushed to disk and renamed; the round's JSON comes
-last, so a killed run always leaves a complete older round.
+Rounds are counted from 1 in file names. A client's file is written as soon as the client is done,
+everything else at the end of the round; the round's JSON comes last, so a killed run always leaves
+a complete older round and the clients that were done since. Nothing is written twice: a client
+that sat a round out keeps its older files. Files that no kept round refers to are deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import CheckpointError
-from fedml_plugin_fedmosaic.core.types import AdapterKey, ClientState, SharedTensors
+from fedml_plugin_fedmosaic.core.types import ClientState, SharedTensors
+from fedml_plugin_fedmosaic.runtime.records import (
+    ClientRecord,
+    RoundCheckpoint,
+    StepRecord,
+    client_from_tree,
+    client_tree,
+    step_from_tree,
+    step_tree,
+)
+from fedml_plugin_fedmosaic.runtime.treefile import (
+    FORMAT_VERSION,
+    SUFFIX,
+    check_format,
+    load_tree,
+    remove_leftovers,
+    save_tree,
+    write_atomic,
+    write_error,
+)
 
-_TENSOR = "__tensor__"
-FORMAT_VERSION = 1
+LOG = logging.getLogger(__name__)
+
+_KINDS = ("client", "downlink", "upload", "step", "server")
+_FINISHED = "finished.json"
+
+Entry = Mapping[str, str]
+"""``{"file": name, "checksum": hex}``."""
 
 
-def write_atomic(path: Path, payload: bytes) -> None:
-    """Writes a file so that it is either complete or absent, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(payload)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Replaces tensors by references and collects them under their path."""
-    if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().to("cpu").contiguous()
-        return {_TENSOR: path}
-    if isinstance(tree, Mapping):
-        for key in tree:
-            if not isinstance(key, str):
-                raise CheckpointError(
-                    f"state at {path or 'its root'!r} has the key {key!r}; keys must be strings"
-                )
-        return {key: _split(value, f"{path}.{key}", tensors) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_split(value, f"{path}.{index}", tensors) for index, value in enumerate(tree)]
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    raise CheckpointError(
-        f"state at {path or 'its root'!r} is a {type(tree).__name__}; "
-        "only tensors, JSON values, lists and string-keyed mappings can be saved"
+def _same(left: SharedTensors, right: SharedTensors) -> bool:
+    return left.keys() == right.keys() and all(
+        left[key] is right[key] or torch.equal(left[key], right[key]) for key in left
     )
-
-
-def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, dict):
-        if set(tree) == {_TENSOR}:
-            return tensors[tree[_TENSOR]]
-        return {key: _join(value, tensors) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_join(value, tensors) for value in tree]
-    return tree
-
-
-def save_tree(stem: Path, tree: Any) -> dict[str, str]:
-    """Writes plain data with tensors as ``<stem>.json`` and ``<stem>.safetensors``.
-
-    Args:
-        stem: path without suffix.
-        tree: nested string-keyed mappings and lists of tensors and JSON values.
-
-    Returns:
-        File name -> BLAKE2b checksum of both files.
-
-    Raises:
-        CheckpointError: the tree holds something that is not plain data.
-    """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_split(tree, "", tensors), allow_nan=False, separators=(",", ":"))
-    unshared = {name: tensor.clone() for name, tensor in tensors.items()}
-    checksums: dict[str, str] = {}
-    for suffix, payload in ((".safetensors", save(unshared)), (".json", text.encode())):
-        path = stem.with_name(stem.name + suffix)
-        write_atomic(path, payload)
-        checksums[path.name] = hashlib.blake2b(payload, digest_size=16).hexdigest()
-    return checksums
-
-
-def load_tree(stem: Path, checksums: Mapping[str, str] | None = None) -> Any:
-    """Reads what :func:`save_tree` wrote.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or differs from its checksum.
-    """
-    json_path = stem.with_name(stem.name + ".json")
-    tensor_path = stem.with_name(stem.name + ".safetensors")
-    try:
-        for path in (json_path, tensor_path):
-            expected = (checksums or {}).get(path.name)
-            if expected is None:
-                continue
-            found = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            if found != expected:
-                raise CheckpointError(
-                    f"{path} is damaged: checksum {found}, expected {expected}",
-                    hint="resume from an older round of the same run folder",
-                )
-        return _join(json.loads(json_path.read_text()), load_file(tensor_path))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {stem}: {error}") from error
-
-
-def client_tree(state: ClientState) -> dict[str, Any]:
-    """A client's state as plain data."""
-    return {
-        "client_id": state.client_id,
-        "participations": state.participations,
-        "adapter": {str(key): tensor for key, tensor in state.adapter.items()},
-        "sketch": state.sketch,
-        "extra": dict(state.extra),
-    }
-
-
-def client_from_tree(tree: Mapping[str, Any]) -> ClientState:
-    """The inverse of :func:`client_tree`."""
-    return ClientState(
-        client_id=tree["client_id"],
-        participations=tree["participations"],
-        adapter={AdapterKey.parse(key): value for key, value in tree["adapter"].items()},
-        sketch=tree["sketch"],
-        extra=tree["extra"],
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundCheckpoint:
-    """Everything needed to go on after a round."""
-
-    round_idx: int
-    server: Mapping[str, Any]
-    clients: Mapping[int, ClientState]
-    downlinks: Mapping[int, SharedTensors]
 
 
 class CheckpointStore:
@@ -168,85 +71,238 @@ class CheckpointStore:
         folder: ``RUN/checkpoints/<strategy>``; created on the first save.
         keep_last: rounds kept.
         rank: only rank 0 writes the server's state and the round file.
+        writes: whether this rank writes its clients' files (the leader of a rank group does).
+        experiment: digest of the settings that a checkpoint depends on; checked when one is read.
+        num_rounds: rounds that the run is to have.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        rank: int = 0,
+        writes: bool = True,
+        experiment: str = "",
+        num_rounds: int = 0,
+    ) -> None:
         self.folder = folder
         self.keep_last = keep_last
         self.rank = rank
-        self._client_files: dict[int, tuple[str, dict[str, str]]] = {}
+        self.writes = writes
+        self._experiment = experiment
+        self._num_rounds = num_rounds
+        self._entries: dict[int, dict[str, Entry]] = {}
+        self._fresh: dict[int, dict[str, Entry]] = {}
 
-    def save_clients(
+    def _path(self, kind: str, round_idx: int, client_id: int | None = None) -> Path:
+        who = "" if client_id is None else f"-{client_id:03d}"
+        return self.folder / f"{kind}{who}-round-{round_idx + 1:04d}{SUFFIX}"
+
+    def _save(self, path: Path, tree: Any) -> Entry:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        return {"file": path.name, "checksum": save_tree(path, tree)}
+
+    def save_client(self, round_idx: int, client_id: int, record: ClientRecord) -> None:
+        """Writes a client that has finished its part of a round.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if self.writes:
+            entry = self._save(self._path("client", round_idx, client_id), client_tree(record))
+            self._fresh.setdefault(client_id, {})["client"] = entry
+
+    def finished_client(self, round_idx: int, client_id: int) -> ClientRecord | None:
+        """A client that an earlier process finished in a round that it did not complete.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self._path("client", round_idx, client_id)
+        if not path.exists():
+            return None
+        record = client_from_tree(load_tree(path))
+        if self.writes:
+            entry = {"file": path.name, "checksum": _noted_checksum(path)}
+            self._fresh.setdefault(client_id, {})["client"] = entry
+        return record
+
+    def save_step(self, round_idx: int, client_id: int, record: StepRecord) -> None:
+        """Writes a client that was stopped inside a pass.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if self.writes:
+            self._save(self._path("step", round_idx, client_id), step_tree(record))
+
+    def stopped_client(self, round_idx: int, client_id: int) -> StepRecord | None:
+        """Where an earlier process stopped a client.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self._path("step", round_idx, client_id)
+        return step_from_tree(load_tree(path)) if path.exists() else None
+
+    def save_exchange(
         self,
         round_idx: int,
-        changed: Mapping[int, ClientState],
         downlinks: Mapping[int, SharedTensors],
-    ) -> dict[int, tuple[str, dict[str, str]]]:
-        """Writes the clients this rank trained in the round; returns client -> (stem, checksums).
+        uploads: Mapping[int, SharedTensors],
+        updates: Mapping[int, SharedTensors],
+    ) -> None:
+        """Writes what owned clients received, and accepted uploads that no client file holds.
 
-        A client's downlink is part of its file.
+        Args:
+            round_idx: 0-based round.
+            downlinks: of the clients that received something new.
+            uploads: of the clients whose update was accepted since the last call.
+            updates: what these clients' files hold as their update.
+
+        Raises:
+            CheckpointError: a file cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        written: dict[int, tuple[str, dict[str, str]]] = {}
-        for client_id, state in changed.items():
-            stem = self.folder / f"client-{client_id:03d}-round-{round_idx + 1:04d}"
-            tree = {"state": client_tree(state), "downlink": dict(downlinks.get(client_id, {}))}
-            written[client_id] = (stem.name, save_tree(stem, tree))
-        return written
+        if not self.writes:
+            return
+        for client_id, tensors in downlinks.items():
+            entry = self._save(self._path("downlink", round_idx, client_id), dict(tensors))
+            self._fresh.setdefault(client_id, {})["downlink"] = entry
+        for client_id, tensors in uploads.items():
+            fresh = self._fresh.setdefault(client_id, {})
+            if "client" in fresh and _same(tensors, updates.get(client_id, {})):
+                fresh["upload"] = fresh["client"]
+            else:
+                fresh["upload"] = self._save(
+                    self._path("upload", round_idx, client_id), dict(tensors)
+                )
+
+    def written(self) -> str:
+        """What this rank has written since the last call, for :meth:`commit`, as JSON."""
+        fresh, self._fresh = self._fresh, {}
+        return json.dumps(fresh)
 
     def commit(
         self,
         round_idx: int,
         server: Mapping[str, Any],
-        written: Mapping[int, tuple[str, dict[str, str]]],
+        progress: Mapping[str, Any],
+        written: Sequence[str],
     ) -> None:
-        """Makes the round valid: server state, then the round file, then the clean-up."""
+        """Makes the round valid: server state, then the round file, then the clean-up.
+
+        Args:
+            round_idx: 0-based round.
+            server: the strategy's state.
+            progress: JSON values of the loop itself.
+            written: :meth:`written` of every rank.
+
+        Raises:
+            CheckpointError: a file cannot be written; older rounds are intact.
+        """
         if self.rank != 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._client_files.update(written)
-        server_stem = self.folder / f"server-round-{round_idx + 1:04d}"
+        for text in written:
+            for client_id, entries in json.loads(text).items():
+                self._entries.setdefault(int(client_id), {}).update(entries)
+        tree = {"server": server, "progress": progress}
         manifest = {
             "format": FORMAT_VERSION,
             "round_idx": round_idx,
-            "server": {"stem": server_stem.name, "checksums": save_tree(server_stem, server)},
-            "clients": {
-                str(client_id): {"stem": stem, "checksums": checksums}
-                for client_id, (stem, checksums) in sorted(self._client_files.items())
-            },
+            "num_rounds": self._num_rounds,
+            "experiment": self._experiment,
+            "server": self._save(self._path("server", round_idx), tree),
+            "clients": {str(i): entries for i, entries in sorted(self._entries.items())},
         }
-        path = self.folder / f"round-{round_idx + 1:04d}.json"
-        write_atomic(path, json.dumps(manifest, indent=1).encode())
+        write_atomic(self._round_file(round_idx), json.dumps(manifest, indent=1).encode())
         self._clean_up()
 
+    def _round_file(self, round_idx: int) -> Path:
+        return self.folder / f"round-{round_idx + 1:04d}.json"
+
     def _clean_up(self) -> None:
-        rounds = sorted(self.folder.glob("round-*.json"))
-        for old in rounds[: -self.keep_last]:
-            old.unlink()
+        kept = self.rounds()
         used: set[str] = set()
-        for path in rounds[-self.keep_last :]:
-            manifest = json.loads(path.read_text())
-            used |= set(manifest["server"]["checksums"])
-            for entry in manifest["clients"].values():
-                used |= set(entry["checksums"])
-        newest = int(rounds[-1].stem.removeprefix("round-"))
-        for path in (*self.folder.glob("client-*"), *self.folder.glob("server-*")):
-            made_in = int(path.stem.rpartition("-")[2])
-            if path.name not in used and made_in <= newest:
-                path.unlink()
+        try:
+            for round_idx in kept[-self.keep_last :]:
+                used |= {entry["file"] for entry in _entries_of(self._manifest(round_idx))}
+            for old in kept[: -self.keep_last]:
+                self._round_file(old).unlink()
+            for path in self._files():
+                if path.name not in used and _round_of(path) <= kept[-1]:
+                    path.unlink()
+        except (CheckpointError, OSError) as error:
+            # The round itself is saved; what is not cleaned up is only disk space.
+            LOG.warning("old checkpoints in %s stay: %s", self.folder, error)
 
-    def rounds(self) -> Sequence[int]:
-        """0-based rounds that can be loaded, ascending."""
-        return [
-            int(path.stem.removeprefix("round-")) - 1
-            for path in sorted(self.folder.glob("round-*.json"))
-        ]
+    def _files(self) -> list[Path]:
+        return [path for kind in _KINDS for path in self.folder.glob(f"{kind}-*{SUFFIX}")]
 
-    def load(self, round_idx: int | None = None) -> RoundCheckpoint:
-        """Reads a round (the newest by default) and checks every checksum.
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Notes that the strategy is done.
+
+        Args:
+            summary: JSON values for :meth:`finished`.
+        """
+        if self.rank == 0:
+            payload = {"format": FORMAT_VERSION, "num_rounds": self._num_rounds, **summary}
+            write_atomic(self.folder / _FINISHED, json.dumps(payload, indent=1).encode())
+
+    def finished(self) -> Mapping[str, Any] | None:
+        """The summary of a strategy that is done; None if it is not.
 
         Raises:
-            CheckpointError: no such round, another format, or a damaged file.
+            CheckpointError: the file is damaged.
+        """
+        path = self.folder / _FINISHED
+        return _read_json(path) if path.exists() else None
+
+    def rounds(self) -> Sequence[int]:
+        """0-based rounds that have a round file, ascending."""
+        return sorted(
+            int(path.stem.removeprefix("round-")) - 1 for path in self.folder.glob("round-*.json")
+        )
+
+    def rewind(self, after: int) -> None:
+        """Forgets everything later than a round, also clients that are done since; rank 0 calls it.
+
+        Args:
+            after: 0-based round that stays the newest; -1 forgets everything.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        try:
+            (self.folder / _FINISHED).unlink(missing_ok=True)
+            for round_idx in self.rounds():
+                if round_idx > after:
+                    self._round_file(round_idx).unlink()
+            for path in self._files():
+                if _round_of(path) > after:
+                    path.unlink()
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+
+    def tidy(self) -> None:
+        """Deletes half-written files of a killed process; rank 0 calls it before others write."""
+        remove_leftovers(self.folder)
+
+    def load(
+        self, round_idx: int | None = None, clients: Collection[int] | None = None
+    ) -> RoundCheckpoint:
+        """Reads a round (the newest by default) and checks every checksum; writes go on from it.
+
+        Args:
+            round_idx: 0-based round.
+            clients: whose states to read; all by default.
+
+        Raises:
+            CheckpointError: no such round, another format or experiment, or a damaged file; the
+                hint names the newest older round that is whole.
         """
         known = self.rounds()
         if not known or (round_idx is not None and round_idx not in known):
@@ -254,27 +310,116 @@ class CheckpointStore:
             found = ", ".join(str(index + 1) for index in known) or "none"
             raise CheckpointError(f"{self.folder}: no checkpoint of {wanted}; found: {found}")
         chosen = known[-1] if round_idx is None else round_idx
-        path = self.folder / f"round-{chosen + 1:04d}.json"
         try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-        if manifest.get("format") != FORMAT_VERSION:
+            return self._load(chosen, clients)
+        except CheckpointError as error:
+            older = next((i for i in reversed(known) if i < chosen and self.is_whole(i)), None)
+            if older is not None:
+                error.hint = (
+                    f"round {older + 1} is whole: --from-round {older + 1} goes on from there and "
+                    "forgets what came later"
+                )
+            raise
+
+    def is_whole(self, round_idx: int) -> bool:
+        """Whether a round can be read with all its clients."""
+        try:
+            self._load(round_idx, None, remember=False)
+        except CheckpointError:
+            return False
+        return True
+
+    def _manifest(self, round_idx: int) -> dict[str, Any]:
+        path = self._round_file(round_idx)
+        manifest = _read_json(path)
+        check_format(path, manifest.get("format"))
+        return manifest
+
+    def _load(
+        self, round_idx: int, clients: Collection[int] | None, *, remember: bool = True
+    ) -> RoundCheckpoint:
+        manifest = self._manifest(round_idx)
+        path = self._round_file(round_idx)
+        if self._experiment and manifest.get("experiment") != self._experiment:
             raise CheckpointError(
-                f"{path} has format {manifest.get('format')!r}, expected {FORMAT_VERSION}"
+                f"{path} was made with another configuration than this run's",
+                hint="resume the run folder that it comes from, or start a new run",
             )
-        server = load_tree(
-            self.folder / manifest["server"]["stem"], manifest["server"]["checksums"]
-        )
-        clients: dict[int, ClientState] = {}
-        downlinks: dict[int, SharedTensors] = {}
-        for client_id, entry in manifest["clients"].items():
-            tree = load_tree(self.folder / entry["stem"], entry["checksums"])
-            clients[int(client_id)] = client_from_tree(tree["state"])
-            downlinks[int(client_id)] = tree["downlink"]
+        try:
+            entries = {int(key): value for key, value in manifest["clients"].items()}
+            wanted = sorted(entries if clients is None else set(clients) & set(entries))
+            tree = self._read(manifest["server"])
+            states: dict[int, ClientState] = {}
+            uploads: dict[int, SharedTensors] = {}
+            downlinks: dict[int, SharedTensors] = {}
+            for client_id in wanted:
+                files = entries[client_id]
+                record = (
+                    client_from_tree(self._read(files["client"])) if "client" in files else None
+                )
+                if record is not None:
+                    states[client_id] = record.state
+                if "upload" in files:
+                    same = record is not None and files["upload"] == files["client"]
+                    uploads[client_id] = (
+                        record.update.tensors
+                        if same and record is not None
+                        else self._upload(files["upload"])
+                    )
+                if "downlink" in files:
+                    downlinks[client_id] = self._read(files["downlink"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        if remember:
+            self._entries = {client_id: dict(files) for client_id, files in entries.items()}
         return RoundCheckpoint(
-            round_idx=chosen, server=server, clients=clients, downlinks=downlinks
+            round_idx=round_idx,
+            num_rounds=int(manifest["num_rounds"]),
+            server=tree["server"],
+            progress=tree["progress"],
+            clients=states,
+            uploads=uploads,
+            downlinks=downlinks,
         )
+
+    def _read(self, entry: Entry) -> Any:
+        return load_tree(self.folder / entry["file"], entry["checksum"])
+
+    def _upload(self, entry: Entry) -> SharedTensors:
+        """An upload: a file of its own, or the update inside an older client file."""
+        tree = self._read(entry)
+        if entry["file"].startswith("client-"):
+            return client_from_tree(tree).update.tensors
+        tensors: SharedTensors = tree
+        return tensors
+
+
+def _entries_of(manifest: Mapping[str, Any]) -> list[Entry]:
+    return [
+        manifest["server"],
+        *(entry for files in manifest["clients"].values() for entry in files.values()),
+    ]
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2]) - 1
+
+
+def _noted_checksum(path: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stream:
+        return str(stream.metadata()["checksum"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: expected an object, got {type(found).__name__}")
+    return found
 
 
 def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | None:
@@ -289,3 +434,6 @@ def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | Non
         )
         for row, mask in zip(matrix, known, strict=True)
     )
+
+
+__all__ = ["CheckpointStore", "RoundCheckpoint", "to_rows", "write_atomic"]

@@ -156,6 +156,10 @@ class FedMLHooks:
             finally:
                 np.random.set_state(numpy_state)  # noqa: NPY002
 
+    def begin_round(self, round_idx: int) -> None:
+        """Noise belongs to a round, so that a resumed run draws the same."""
+        self._round_idx = round_idx
+
     def before_local_training(self, client_id: int, downlink: SharedTensors) -> SharedTensors:
         """FedML's ``on_before_local_training`` on what the client received."""
         with self._call("before_local_training", client_id):
@@ -178,7 +182,6 @@ class FedMLHooks:
 
         Called once per round on every rank, also on one whose clients sit the round out.
         """
-        self._round_idx += 1
         order = sorted(updates)
         if not order:
             return updates

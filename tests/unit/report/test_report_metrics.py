@@ -8,7 +8,7 @@ import pytest
 from fedml_plugin_fedmosaic.core import events as ev
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.report.metrics import StrategyMetrics, load_run
-from fedml_plugin_fedmosaic.report.records import event_from_record, read_events
+from fedml_plugin_fedmosaic.report.records import read_events
 
 
 def evaluated(**changes) -> ev.Evaluated:
@@ -55,7 +55,7 @@ STORED = [
 
 @pytest.mark.parametrize("event", STORED, ids=lambda event: type(event).__name__)
 def test_every_stored_event_survives_json(event):
-    assert event_from_record(json.loads(json.dumps(ev.to_record(event)))) == event
+    assert ev.from_record(json.loads(json.dumps(ev.to_record(event)))) == event
 
 
 def test_every_event_type_is_transient_or_read():
