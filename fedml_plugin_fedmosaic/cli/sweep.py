@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedml_plugin_fedmosaic.cli.job_options import as_overrides, job_options
 from fedml_plugin_fedmosaic.cli.options import config_options, debug_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fedml_plugin_fedmosaic.config.sections import Experiment
-    from fedml_plugin_fedmosaic.launch.base import JobSpec
     from fedml_plugin_fedmosaic.launch.sweep import SweepDriver
     from fedml_plugin_fedmosaic.launch.sweep_manifest import Entry, Manifest
     from fedml_plugin_fedmosaic.launch.sweep_plan import SweepPlan, SweepSpec
@@ -63,13 +62,7 @@ _MAX_LISTED = 20
     metavar="DIR",
     help="Folder of the sweep; runs/sweep-NAME after the file's name by default.",
 )
-@click.option(
-    "--launcher",
-    default="slurm",
-    show_default=True,
-    metavar="NAME",
-    help="slurm: one job array. local: processes here. debug: in this process.",
-)
+@job_options
 @click.option("--wait/--no-wait", default=None, help="Follow the runs; not for slurm by default.")
 @click.option("--fresh", is_flag=True, help="Start failed runs anew, not from their checkpoint.")
 @click.option("--restart-unknown", is_flag=True, help="Also start runs that nobody knows about.")
@@ -88,6 +81,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
           --sampler tpe --samples 20 --max-parallel 4
       fedmosaic sweep --file configs/sweeps/cross_family.yaml --dry-run
       fedmosaic sweep --file quick.yaml --launcher local --max-parallel 2
+      fedmosaic sweep --cf mine.yaml --grid seed=1,2,3 --partition gpu --time 4:00:00
     """
     from fedml_plugin_fedmosaic.launch.sweep_manifest import locked
     from fedml_plugin_fedmosaic.launch.sweep_plan import make_plan
@@ -104,7 +98,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         require_optuna()
     with locked(folder):
         driver = _driver(plan, folder, options)
-        waits = spec.sampler == "tpe" or options["launcher"] != "slurm"
+        waits = spec.sampler == "tpe" or plan.base.launcher.type != "slurm"
         waits = waits if options["wait"] is None else options["wait"]
         if spec.sampler == "tpe":
             _optimise(driver, spec)
@@ -117,6 +111,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 def _spec(options: dict[str, Any]) -> SweepSpec:
     """The sweep that the options ask for; options stand above the file."""
+    from fedml_plugin_fedmosaic.config.layout import keys_of
     from fedml_plugin_fedmosaic.core.errors import ConfigError
     from fedml_plugin_fedmosaic.launch.sweep_axes import parse_grid_option
     from fedml_plugin_fedmosaic.launch.sweep_plan import SweepSpec, read_sweep_file
@@ -139,7 +134,9 @@ def _spec(options: dict[str, Any]) -> SweepSpec:
         for name in ("sampler", "samples", "objective", "max_parallel")
         if options[name] is not None
     }
-    return replace(spec, overrides=(*spec.overrides, *options["overrides"]), **given)
+    jobs = {name: value for name, value in options.items() if name in keys_of("launcher")}
+    overrides = (*spec.overrides, *options["overrides"], *as_overrides(jobs))
+    return replace(spec, overrides=overrides, **given)
 
 
 def _default_folder(options: dict[str, Any], plan: SweepPlan) -> Path:
@@ -167,38 +164,15 @@ def _driver(plan: SweepPlan, folder: Path, options: dict[str, Any]) -> SweepDriv
     from fedml_plugin_fedmosaic.core.registry import LAUNCHERS
     from fedml_plugin_fedmosaic.launch.sweep import SweepDriver
 
-    name = options["launcher"]
+    name = plan.base.launcher.type
     return SweepDriver(
         folder=folder,
         plan=plan,
         launcher=LAUNCHERS[name](),
         launcher_name=name,
-        make_spec=_make_spec,
         report=_show,
         fresh=options["fresh"],
         poll_s=10.0 if name == "slurm" else 0.5,
-    )
-
-
-def _make_spec(entry: Entry, experiment: Experiment, run_dir: Path) -> JobSpec:  # noqa: ARG001
-    from fedml_plugin_fedmosaic.launch.base import SUBMITTED_FILE, JobSpec, Resources
-
-    command = (
-        sys.executable,
-        "-m",
-        "fedml_plugin_fedmosaic",
-        "run",
-        "--cf",
-        str(run_dir / SUBMITTED_FILE),
-        "--run-dir",
-        str(run_dir),
-    )
-    return JobSpec(
-        name=entry.name,
-        command=command,
-        run_dir=run_dir,
-        resources=Resources(ntasks=1),
-        environment={"HF_HUB_OFFLINE": "1"},
     )
 
 

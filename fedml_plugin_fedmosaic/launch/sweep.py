@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from fedml_plugin_fedmosaic.launch.base import (
     read_record,
     write_text_atomic,
 )
+from fedml_plugin_fedmosaic.launch.jobs import job_spec
 from fedml_plugin_fedmosaic.launch.status import read_status
 from fedml_plugin_fedmosaic.launch.sweep_manifest import (
     MISSING,
@@ -44,6 +46,16 @@ Report = Callable[[Entry], None]
 """Is told of every entry whose status has changed."""
 Score = Callable[[Path], float | None]
 """The objective's value of a run folder; None if it has none."""
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def sweep_job(entry: Entry, experiment: Experiment, run_dir: Path) -> JobSpec:
+    """The job of one run, as ``fedmosaic submit`` would start it.
+
+    Raises:
+        ConfigError: the resources do not fit the models.
+    """
+    return job_spec(experiment, run_dir, _NOT_IN_NAMES.sub("-", entry.name))
 
 
 def open_sweep(folder: Path, plan: SweepPlan) -> Manifest:
@@ -127,8 +139,8 @@ class SweepDriver:
         plan: what it is.
         launcher: starts the jobs.
         launcher_name: its name on the shelf.
-        make_spec: makes a job.
         report: is told of changes.
+        make_spec: makes a job.
         fresh: start failed runs anew instead of from their last checkpoint.
         poll_s: seconds between two looks at the jobs.
     """
@@ -137,8 +149,8 @@ class SweepDriver:
     plan: SweepPlan
     launcher: Launcher
     launcher_name: str
-    make_spec: SpecMaker
     report: Report
+    make_spec: SpecMaker = sweep_job
     fresh: bool = False
     poll_s: float = 1.0
     manifest: Manifest = field(init=False)
@@ -258,15 +270,16 @@ class SweepDriver:
         write_manifest(self.folder, self.manifest)
 
     def _submit(self, entries: Sequence[Entry], experiments: Mapping[str, Experiment]) -> None:
+        # A misfit is found before anything is written.
+        specs = {entry.name: self._spec(entry, experiments[entry.name]) for entry in entries}
         self._write()
         groups: dict[str, list[tuple[Entry, JobSpec]]] = {}
         for entry in entries:
-            run_dir = (self.folder / entry.folder).absolute()
-            experiment = experiments[entry.name]
-            spec = self.make_spec(entry, experiment, run_dir)
+            spec = specs[entry.name]
             if self.fresh or not spec.resume_command:
-                _move_aside(run_dir)
-            write_text_atomic(run_dir / SUBMITTED_FILE, dump_experiment(experiment))
+                _move_aside(spec.run_dir)
+            text = dump_experiment(experiments[entry.name])
+            write_text_atomic(spec.run_dir / SUBMITTED_FILE, text)
             # One array holds jobs of one size.
             groups.setdefault(repr((spec.resources, spec.components)), []).append((entry, spec))
         for group in groups.values():
@@ -278,6 +291,9 @@ class SweepDriver:
             for (entry, _), job in zip(group, jobs, strict=True):
                 self._started(entry, job)
             self._write()
+
+    def _spec(self, entry: Entry, experiment: Experiment) -> JobSpec:
+        return self.make_spec(entry, experiment, (self.folder / entry.folder).absolute())
 
     def _started(self, entry: Entry, job: Job) -> None:
         self._jobs[entry.name] = job

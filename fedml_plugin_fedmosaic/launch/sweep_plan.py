@@ -105,9 +105,9 @@ class SweepPlan:
 
 
 def plain_experiment(experiment: Experiment) -> dict[str, Any]:
-    """A configuration as JSON-ready data, without the run folder, which differs in every run."""
+    """A configuration as JSON-ready data, without what says where and on what it runs."""
     plain: dict[str, Any] = TypeAdapter(Experiment).dump_python(experiment, mode="json")
-    return {name: plain[name] for name in SECTION_OF if name != "run"}
+    return {name: plain[name] for name in SECTION_OF if name not in ("run", "launcher")}
 
 
 def make_plan(spec: SweepSpec) -> SweepPlan:

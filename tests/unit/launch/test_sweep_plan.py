@@ -152,9 +152,11 @@ def test_the_same_sweep_is_known_again_and_another_one_named(cf: Path, tmp_path:
     ]
 
 
-def test_parallelism_and_run_folders_do_not_make_another_sweep(cf: Path) -> None:
+def test_parallelism_folders_and_resources_do_not_make_another_sweep(cf: Path) -> None:
     first = make_plan(spec(cf, {"seed": [1]}))
-    second = make_plan(spec(cf, {"seed": [1]}, max_parallel=2, overrides=("run.root=x",)))
+    second = make_plan(
+        spec(cf, {"seed": [1]}, max_parallel=2, overrides=("run.root=x", "launcher.mem_gib=8"))
+    )
     assert first.identity() == second.identity()
 
 
