@@ -12,6 +12,7 @@ from fedml_plugin_fedmosaic.comm.codec import header_bytes
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS
 from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow, UpdateHeader
+from fedml_plugin_fedmosaic.equations.relevance import column_similarity, flat_similarity
 
 NUM_CLIENTS = 7
 
@@ -84,7 +85,7 @@ def test_downlinks_are_the_weighted_sums(comm: Any, seed: int) -> None:
     assert seen == {(client, key) for client, got in downlinks.items() for key in got}
 
 
-def test_a_row_does_not_depend_on_the_other_rows(comm: Any) -> None:
+def test_few_rows_of_the_same_sources_do_not_depend_on_each_other(comm: Any) -> None:
     plan, uploads = random_plan(NUM_CLIENTS), random_uploads(NUM_CLIENTS)
     whole = comm.execute(plan, uploads)
     for channel, rows in plan.rows.items():
@@ -92,6 +93,100 @@ def test_a_row_does_not_depend_on_the_other_rows(comm: Any) -> None:
             alone = comm.execute(MixingPlan(rows={channel: (row,)}), uploads)[row.target]
             assert alone
             assert all(torch.equal(alone[key], whole[row.target][key]) for key in alone)
+
+
+def test_rows_that_are_mixed_together_are_what_they_are_alone_up_to_rounding(comm: Any) -> None:
+    uploads = random_uploads(NUM_CLIENTS)
+    rows = tuple(
+        MixRow(
+            target=target,
+            sources=tuple(client for client in range(NUM_CLIENTS) if client != target),
+            weights=tuple(0.1 + 0.01 * (target + place) for place in range(NUM_CLIENTS - 1)),
+        )
+        for target in range(NUM_CLIENTS)
+    )
+    whole = comm.execute(MixingPlan(rows={"pq": rows}), uploads)
+    again = comm.execute(MixingPlan(rows={"pq": rows[::-1]}), uploads)
+    for row in rows:
+        alone = comm.execute(MixingPlan(rows={"pq": (row,)}), uploads)[row.target]
+        assert set(alone) == {key for key in uploads[0] if key.startswith("pq/")}
+        for key, tensor in alone.items():
+            size = sum(uploads[client][key].abs() for client in row.sources)
+            error = (whole[row.target][key] - tensor).abs()
+            assert bool((error <= NUM_CLIENTS * 2**-24 * size).all())
+            assert torch.equal(whole[row.target][key], again[row.target][key])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sources_must_be_finite(comm: Any, value: float) -> None:
+    uploads = random_uploads(4)
+    uploads[2]["pq/0/m/Q"][3] = value
+    with pytest.raises(PlanError, match="client 2: pq/0/m/Q holds NaN or infinite"):
+        comm.execute(one_row("pq", 1, 2), uploads)
+    assert comm.execute(one_row("pq", 1, 3), uploads)[0]
+    assert comm.execute(one_row("conv", 2), uploads)[0]
+
+
+def test_large_values_whose_sum_overflows_are_finite(comm: Any) -> None:
+    uploads = {0: {"pq/0/m/P": torch.full((8,), 3e38)}}
+    got = comm.execute(one_row("pq", 0), uploads)[0]["pq/0/m/P"]
+    assert torch.equal(got, uploads[0]["pq/0/m/P"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure"), [("columns", column_similarity), ("flat", flat_similarity)]
+)
+def test_relevance_is_the_similarity_of_the_sketches(comm: Any, kind: Any, measure: Any) -> None:
+    sketches = {client: toy_sketch(client, 0, 12, 900) for client in (5, 2, 9)}
+    got = comm.relevance(kind, sketches, [9, 2, 5])
+    assert got.clients == (2, 5, 9)
+    assert got.values.dtype == torch.float64
+    assert torch.equal(got.values, measure([sketches[client] for client in got.clients]))
+    assert torch.equal(got.values, got.values.T)
+
+
+@pytest.mark.parametrize("kind", ["columns", "flat"])
+def test_pairs_without_a_fresh_client_are_unknown(comm: Any, kind: Any) -> None:
+    sketches = {client: toy_sketch(client, 0, 12, 900) for client in range(40)}
+    full = comm.relevance(kind, sketches, range(40)).values
+    part = comm.relevance(kind, sketches, [3, 38]).values
+    known = torch.zeros(40, 40, dtype=torch.bool)
+    known[[3, 38]] = True
+    known[:, [3, 38]] = True
+    known.fill_diagonal_(True)
+    assert torch.equal(part.isnan(), ~known)
+    assert torch.equal(part[known], full[known])
+    assert torch.equal(part.nan_to_num(), part.nan_to_num().T)
+
+
+def test_relevance_of_nobody(comm: Any) -> None:
+    assert comm.relevance("columns", {}, []).clients == ()
+    got = comm.relevance("columns", {4: toy_sketch(4, 0)}, [4])
+    assert got.values.shape == (1, 1)
+    assert got.values.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("sketches", "fresh", "message"),
+    [
+        ({1: torch.full((4, 6), float("nan"))}, [1], "client 1: the sketch holds NaN"),
+        ({1: torch.zeros(5)}, [1], r"client 1: the sketch has shape \(5,\)"),
+        ({1: torch.zeros(0, 3)}, [1], r"client 1: the sketch has shape \(0, 3\)"),
+        ({1: torch.zeros(4, 6).double()}, [1], "client 1: the sketch is torch.float64"),
+        ({1: torch.ones(4, 6), 2: torch.ones(4, 7)}, [1, 2], "different shapes"),
+        ({1: torch.ones(4, 6)}, [1, 3], r"clients \[3\] took part, but nobody holds"),
+    ],
+)
+def test_bad_sketches_are_refused(comm: Any, sketches: Any, fresh: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        comm.relevance("columns", sketches, fresh)
+
+
+def test_one_process_moves_nothing(comm: Any) -> None:
+    comm.exchange_headers([header(0), header(1)])
+    comm.relevance("columns", {0: toy_sketch(0, 0), 1: toy_sketch(1, 0)}, [0, 1])
+    comm.execute(random_plan(4), random_uploads(4))
+    assert comm.moved_bytes == {"headers": 0, "relevance": 0, "mixing": 0}
 
 
 def test_equal_rows_do_not_share_memory(comm: Any) -> None:
