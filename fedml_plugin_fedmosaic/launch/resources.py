@@ -16,7 +16,7 @@ from fedml_plugin_fedmosaic.launch.base import Component, Resources
 
 DEFAULT_GPUS_PER_NODE = 4
 _CPUS_WITH_GPU = 8
-_PROCESS_GIB = 4.0
+_PROCESS_GIB = 2.5
 _LOADING = 1.25
 _SMALL_PARAMETERS = 0.1e9
 _UNKNOWN_PARAMETERS = 8e9

@@ -18,6 +18,7 @@ from fedml_plugin_fedmosaic.launch.base import LOG_FOLDER, STARTED_FILE, JobSpec
 MPI_HINT = "what 'srun --mpi=list' offers: pmix, pmi2, cray_shasta; or mpirun; none for one rank"
 
 _BODY = """\
+
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 # srun no longer takes the cores per task from sbatch (since Slurm 22.05).
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
@@ -104,7 +105,7 @@ def render(script: Script) -> str:
         if number:
             lines.append("#SBATCH hetjob")
         lines += [_directive(name, value) for name, value in options.items()]
-    lines += [f"##SBATCH --{name}={value}" for name, value in script.optional.items()]
+        lines += [f"##SBATCH --{name}={value}" for name, value in script.optional.items()]
     lines += ["", *script.block, "", "set -euo pipefail", *script.target]
     het = ""
     if len(script.directives) > 1:
@@ -117,7 +118,7 @@ def _directive(name: str, value: str | None) -> str:
     return f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={shlex.quote(value)}"
 
 
-def resource_options(resources: Resources, *, with_time: bool = True) -> dict[str, str | None]:
+def resource_options(resources: Resources) -> dict[str, str | None]:
     """Resources as ``sbatch`` options by long name, in a fixed order."""
     options: dict[str, str | None] = {"nodes": str(resources.nodes)}
     numbers = (
@@ -129,7 +130,7 @@ def resource_options(resources: Resources, *, with_time: bool = True) -> dict[st
     options.update({name: str(value) for name, value in numbers if value is not None})
     if resources.mem_gib is not None:
         options["mem"] = memory_text(resources.mem_gib)
-    if with_time and resources.time_min is not None:
+    if resources.time_min is not None:
         options["time"] = time_text(resources.time_min)
     words = (
         ("partition", resources.partition),
@@ -177,7 +178,7 @@ def render_job(spec: JobSpec, *, array: Sequence[JobSpec] = (), max_parallel: in
     parts = spec.components
     first = parts[0].resources if parts else spec.resources
     directives = [{**options, **resource_options(first)}]
-    directives += [resource_options(part.resources, with_time=False) for part in parts[1:]]
+    directives += [resource_options(part.resources) for part in parts[1:]]
     block = [
         *spec.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in spec.environment.items()),

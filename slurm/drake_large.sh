@@ -1,0 +1,102 @@
+#!/bin/bash
+# DRAKE on 3 machines with 4 GPUs each: Llama 1B, 3B, 8B and Qwen 1.5B, 3B clients.
+# An 8B client is sharded over 4 GPUs, a 3B client over 2 (ZeRO-3).
+# Fetch data and models first, where there is internet: see docs/cluster.md.
+#
+#   sbatch slurm/drake_large.sh
+#   sbatch slurm/drake_large.sh --set comm_round=2   one key of the configuration changed
+#   CONFIG=mine.yaml sbatch slurm/drake_large.sh     another configuration
+#   RUN_DIR=runs/big sbatch slurm/drake_large.sh     another folder; what started there goes on
+#
+# Start it in the folder that holds configs/. Near the time limit, or when preempted, all
+# ranks save and stop, and the job queues itself again; REQUEUE=0 prevents that.
+#SBATCH --job-name=drake_large
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --nodes=3
+#SBATCH --ntasks=12
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=4
+#SBATCH --mem=94G
+#SBATCH --time=1-00:00:00
+##SBATCH --partition=YOUR_PARTITION
+##SBATCH --account=YOUR_ACCOUNT
+##SBATCH --qos=YOUR_QOS
+
+# ---- your site: edit this block, and the ##SBATCH lines above (remove one #) --
+# module load openmpi                     # the site's MPI (and CUDA), if it has one
+# source "$HOME/fedmosaic/bin/activate"   # the environment that holds the package
+PYTHON="${PYTHON:-python3}"               # or: apptainer exec --nv image.sif python3
+MPI="${MPI:-pmix}"
+# ^ what 'srun --mpi=list' offers: pmix, pmi2, cray_shasta; or mpirun; none for one rank
+REQUEUE="${REQUEUE:-1}" MAX_RESTARTS="${MAX_RESTARTS:-100}"
+# ------------------------------------------------------------------------------
+
+set -euo pipefail
+CONFIG="${CONFIG:-configs/drake/large_cross_family.yaml}"
+RUN_DIR="${RUN_DIR:-runs/drake_large-$SLURM_JOB_ID}"
+read -r -a python <<<"$PYTHON"
+start=("${python[@]}" -m fedml_plugin_fedmosaic run --cf "$CONFIG" --backend MPI
+  --run-dir "$RUN_DIR" "$@")
+go_on=("${python[@]}" -m fedml_plugin_fedmosaic run --resume "$RUN_DIR")
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+# srun no longer takes the cores per task from sbatch (since Slurm 22.05).
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+export PYTHONUNBUFFERED=1
+# Compute nodes may have no internet: what is not in the cache is an error at once, not a wait.
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+
+# Every start of this job has a name; what an older start says of itself is never taken for news.
+job="$SLURM_JOB_ID"
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
+export FEDMOSAIC_INCARNATION="$job.${SLURM_RESTART_COUNT:-0}"
+says() { grep -qs "\"state\": \"$1\"" "$RUN_DIR/status.json"; }
+of_this_start() { grep -qsF "\"$FEDMOSAIC_INCARNATION\"" "$RUN_DIR/status.json"; }
+
+if says finished; then
+  echo "$RUN_DIR is finished: nothing to do"
+  exit 0
+fi
+if [[ -n ${FEDMOSAIC_CHAINED:-} ]] && says failed; then
+  echo "$RUN_DIR has failed: the chain ends here"
+  exit 1
+fi
+if [[ -e $RUN_DIR/config.yaml ]]; then command=("${go_on[@]}"); else command=("${start[@]}"); fi
+
+if [[ $MPI == mpirun ]]; then
+  ranks=(mpirun -n "${SLURM_NTASKS:-1}")
+else
+  ranks=(srun --mpi="$MPI" --label --kill-on-bad-exit=1)
+fi
+
+# Near the time limit, and when preempted, Slurm signals this script: all ranks save and stop.
+told=no
+stop() {
+  told=yes
+  echo "$(date +%T) told to stop: the ranks save their state"
+  kill -USR1 "$ranks_pid" || true
+}
+trap stop USR1
+echo "$(date +%T) start $FEDMOSAIC_INCARNATION on ${SLURM_JOB_NODELIST:-?}: ${command[*]}"
+"${ranks[@]}" "${command[@]}" &
+ranks_pid=$!
+while kill -0 "$ranks_pid" 2>/dev/null; do wait "$ranks_pid" || true; done
+wait "$ranks_pid" && code=0 || code=$?
+trap - USR1
+echo "$(date +%T) the ranks of $FEDMOSAIC_INCARNATION ended with exit code $code"
+
+again=no
+if says interrupted && of_this_start; then again=yes; fi
+# Told before every rank could listen: killed by the signal, back at the last checkpoint.
+if [[ $told == yes ]] && ((code > 128)); then again=yes; fi
+if [[ $again == yes ]] && ((REQUEUE && ${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
+  echo "queueing again"
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 60 # Slurm ends this script; its own exit code would end the job
+fi
+if says failed && of_this_start && ((code == 0)); then code=1; fi
+exit "$code"
