@@ -147,13 +147,13 @@ class Shards:
             block = list(keys)
             sizes = [_shape(parameters[key]).numel() for key in block]
             buffer = torch.zeros(sum(sizes), device=self._world.device)
-            for key, part in zip(block, buffer.split(sizes), strict=True):
+            for key, part in zip(block, torch.split(buffer, sizes), strict=True):
                 piece, start = self._piece(parameters[key], state)
                 count = min(piece.numel(), part.numel() - start)
                 if count > 0:
                     part[start : start + count].copy_(piece.view(-1)[:count])
             self._world.merge_bits(buffer)
-            for key, part in zip(block, buffer.cpu().split(sizes), strict=True):
+            for key, part in zip(block, torch.split(buffer.cpu(), sizes), strict=True):
                 yield key, part.reshape(_shape(parameters[key])).clone()
 
     def _write(self, parameter: nn.Parameter, value: Tensor, state: str | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -34,6 +34,7 @@ from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.data.prompt import PromptEncoder
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
 from fedml_plugin_fedmosaic.engine.processor import (
     ImageSource,
     PixelSource,
@@ -55,6 +56,24 @@ _SIGNATURE_FIELDS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How a rank group shares a model.
+
+    Attributes:
+        group: the ranks.
+        config: complete DeepSpeed configuration.
+    """
+
+    group: GroupWorld
+    config: Mapping[str, Any]
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether no rank has the whole base model (ZeRO stage 3)."""
+        return bool(self.config["zero_optimization"]["stage"] == 3)
+
+
 @dataclass(slots=True, kw_only=True)
 class ModelBundle:
     """A frozen base model, its processor and its parts.
@@ -70,6 +89,7 @@ class ModelBundle:
         final_norm: the normalisation before the head.
         down_proj_name: dotted name of the last linear inside a decoder layer.
         adapter: what is injected at present; None if the base model is plain.
+        sharding: the rank group that trains it with DeepSpeed; None: this process, with PyTorch.
     """
 
     model: Any
@@ -82,6 +102,7 @@ class ModelBundle:
     final_norm: nn.Module
     down_proj_name: str
     adapter: InjectedAdapter | None = None
+    sharding: Sharding | None = None
 
     @property
     def body(self) -> nn.Module:
@@ -125,14 +146,7 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
     """
     source = resolve(name, spec.path)
     with errors_named(name, spec.path), _no_progress_bars():
-        fields, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
-        vision_type = (fields.get("vision_config") or {}).get("model_type")
-        if vision_type == CACHED_TOWER:
-            # Registers the model type with transformers.
-            from fedml_plugin_fedmosaic.engine import tower as _tower  # noqa: F401
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-        has_vision = getattr(config, "vision_config", None) is not None
-        loader: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        loader, _ = model_class(source)
         model, report = loader.from_pretrained(
             source,
             local_files_only=True,
@@ -140,7 +154,6 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
             dtype=getattr(torch, spec.dtype),
             output_loading_info=True,
         )
-        tokenizer = _load_tokenizer(source)
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise ConfigError(
@@ -150,6 +163,40 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
         )
     model.requires_grad_(False)
     model.eval().to(device)
+    return build_bundle(name, spec, model, source, device)
+
+
+def model_class(source: str) -> tuple[Any, str | None]:
+    """Transformers' class that loads a model, and the type of its vision tower, if it has one."""
+    fields, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
+    vision_type = (fields.get("vision_config") or {}).get("model_type")
+    if vision_type == CACHED_TOWER:
+        # Registers the model type with transformers.
+        from fedml_plugin_fedmosaic.engine import tower as _tower  # noqa: F401
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    has_vision = getattr(config, "vision_config", None) is not None
+    return (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM), vision_type
+
+
+def build_bundle(
+    name: str, spec: ModelSpec, model: Any, source: str, device: torch.device
+) -> ModelBundle:
+    """Puts tokenizer and image processing beside a loaded, frozen model and finds its parts.
+
+    Args:
+        name: the model's name in the configuration.
+        spec: of the model.
+        model: with whole weights, or with weights cut over the ranks of a group.
+        source: folder, or hub id in the local cache.
+        device: where the model is.
+
+    Raises:
+        ConfigError: files are missing, or the model is of a kind that cannot be trained here.
+    """
+    loader, vision_type = model_class(source)
+    with errors_named(name, spec.path):
+        tokenizer = _load_tokenizer(source)
+    has_vision = loader is AutoModelForImageTextToText
     images = _image_source(source, vision_type, name, spec.path) if has_vision else None
     return _bundle(name, spec, model, tokenizer, images, device)
 
@@ -172,7 +219,7 @@ def _bundle(
     )
     end_ids = {encoder.end_of_turn(), tokenizer.eos_token_id} - {None}
     dtype = getattr(torch, spec.dtype)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(_full_shape(parameter).numel() for parameter in model.parameters())
     return ModelBundle(
         model=model,
         processor=Processor(
@@ -200,6 +247,12 @@ def _bundle(
             layers[-1], text_config.intermediate_size, text_config.hidden_size, name
         ),
     )
+
+
+def _full_shape(weight: Tensor) -> torch.Size:
+    """Shape of a weight, also if this rank holds only a piece of it."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def signature(text_config: PretrainedConfig) -> str:
@@ -318,6 +371,10 @@ def _tokens_per_image(model: Any, images: ImageSource) -> int:
         return int(vision.num_tokens)
     if not isinstance(images, PixelSource):
         raise IntegrationError("pixels of a vision tower must come from its image processor")
+    if any(hasattr(weight, "ds_shape") for weight in model.parameters()):
+        # Shapes are enough, and no rank has the whole tower.
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(model.config)
     pixels = images.blank().to(device=model.device, dtype=model.dtype)
     features = model.get_image_features(pixel_values=pixels)
     features = getattr(features, "pooler_output", features)
@@ -340,7 +397,7 @@ def _final_norm(text_model: nn.Module, hidden: int, name: str) -> nn.Module:
         child
         for child in text_model.children()
         if isinstance(weight := getattr(child, "weight", None), Tensor)
-        and tuple(weight.shape) == (hidden,)
+        and tuple(_full_shape(weight)) == (hidden,)
     ]
     if not norms:
         raise ConfigError(f"model {name!r}: no final normalisation of width {hidden} found")
