@@ -54,15 +54,22 @@ def run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             self.events: list[Event] = []
 
         def __call__(
-            self, plan: Plan, *overrides: str, algo: str = "fedmosaic", hooks: Any = None
+            self,
+            plan: Plan,
+            *overrides: str,
+            algo: str = "fedmosaic",
+            hooks: Any = None,
+            resume: bool = False,
         ) -> list[Event]:
-            self.out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+            if not resume:
+                self.out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
             self.events = []
             self.algo = algo
             experiment = load_experiment(world, [*FAST, *overrides], algo=algo)
             with monkeypatch.context() as patch:
                 patch.setattr(TorchEngine, "fit", faulty_fit(plan))
-                prepare_run(experiment, self.out, [self.events.append], hooks).execute()
+                sinks = [self.events.append]
+                prepare_run(experiment, self.out, sinks, hooks, resume=resume).execute()
             return self.events
 
         def checkpoint(self, round_idx: int | None = None) -> RoundCheckpoint:
@@ -271,3 +278,34 @@ def test_updates_that_are_too_old_are_no_longer_mixed(run: Any) -> None:
     for row in limited[2][1:]:
         assert row[0] == 0.0
         assert math.isclose(sum(row), 1.0, abs_tol=1e-6)
+
+
+def test_a_resumed_run_remembers_who_delivered_and_which_rounds_failed(run: Any) -> None:
+    options = (
+        DROP,
+        "comm_round=4",
+        "run.keep_last=9",
+        "optim.num_steps=1",
+        "faults.quorum=0.6",
+        "faults.staleness_limit=1",
+    )
+    lost = {(0, 1): "data", (1, 1): "data"}  # round 2 is skipped
+    run({**lost, (1, 3): "data"}, *options)
+    expected, reference = run.checkpoint(), recorded(run.out)
+    assert expected.progress["ledger"]["last_delivered"] == {"0": 3, "1": 2, "2": 3}
+    with pytest.raises(AssertionError, match="no client's fault"):
+        run({**lost, (2, 2): "bug"}, *options)
+    assert run.checkpoint().progress["ledger"]["failed_in_row"] == 1
+    # Clients 0 and 1 had finished round 3; client 1's next training is that of round 4.
+    run({(1, 0): "data"}, *options, resume=True)
+    found = run.checkpoint()
+    assert found.progress["ledger"] == expected.progress["ledger"]
+    for client_id, state in expected.clients.items():
+        assert_same(state, found.clients[client_id])
+    assert recorded(run.out) == reference
+
+
+def recorded(out: Path) -> list[dict[str, Any]]:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    kinds = ("ClientDropped", "RoundSkipped", "PlanMade")
+    return [record for record in records if record["event"] in kinds]

@@ -53,6 +53,8 @@ def faulty_fit(plan: Plan) -> Callable[..., LocalResult]:
             case "explode":
                 pass_ = replace(pass_, lr_scale=1e35)
         result = fit(self, pass_, adapter, batches, **options)
+        if kind == "bug":
+            raise AssertionError("no client's fault")
         # Memory ends after the work is done, when there is most to clean up.
         match kind:
             case "oom":
