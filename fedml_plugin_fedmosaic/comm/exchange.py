@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from fedml_plugin_fedmosaic.comm.codec import Layout, header_bytes
+from fedml_plugin_fedmosaic.comm.codec import Layout, header_bytes, new_floats
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
@@ -29,6 +30,30 @@ Parcels = Sequence[tuple[int, Tensor]]
 
 Move = Callable[[Parcels, Parcels], None]
 """Sends the first and receives into the second."""
+
+_KEPT_BYTES = 1 << 28
+
+
+class Scratch:
+    """Room for what is received, used and forgotten.
+
+    New memory costs several times as much as the exchange that fills it, so up to 256 MiB are
+    kept from one exchange to the next.
+    """
+
+    def __init__(self) -> None:
+        self._kept = new_floats(0)
+
+    def take(self, counts: Sequence[int]) -> list[Tensor]:
+        """Uninitialised float32 vectors of these lengths; valid until the next call."""
+        total = sum(counts)
+        room = self._kept
+        if room.numel() < total:
+            room = new_floats(total)
+            if room.nbytes <= _KEPT_BYTES:
+                self._kept = room
+        ends = list(accumulate(counts))
+        return [room[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def split_channels(upload: SharedTensors) -> dict[str, dict[str, Tensor]]:
@@ -80,18 +105,14 @@ def check_finite(plan: MixingPlan, uploads: Mapping[int, SharedTensors]) -> None
 
 def plan_digest(plan: MixingPlan) -> str:
     """Hash of a plan's rows, bit by bit; ranks compare it before they move tensors."""
-    text = json.dumps(
-        {
-            channel: [
-                [row.target, list(row.sources), [float(weight).hex() for weight in row.weights]]
-                for row in rows
-            ]
-            for channel, rows in plan.rows.items()
-        },
-        sort_keys=True,
-        separators=(",", ":"),
-    )
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for channel, rows in sorted(plan.rows.items()):
+        digest.update(json.dumps([channel, len(rows)]).encode())
+        for row in rows:
+            digest.update(array("q", (row.target, len(row.sources), len(row.weights))))
+            digest.update(array("q", row.sources))
+            digest.update(array("d", row.weights))
+    return digest.hexdigest()
 
 
 def check_plan(plan: MixingPlan, catalogue: Catalogue) -> None:

@@ -25,8 +25,8 @@ _SOURCES = 4096
 """Sources per product: their scores stay in cache while the maxima are taken."""
 _GROUP = 32
 """Scores of which only the largest is looked at first."""
-_GATHERED = 1 << 24
-"""Entries of candidates' vectors that are compared at a time: 64 MiB in float32."""
+_GATHERED = 1 << 18
+"""Entries of candidates' vectors that are compared at a time: second-level cache."""
 
 
 def top_k_weights(
@@ -207,11 +207,14 @@ def _ranked(
     own = torch.arange(block.start, block.stop)
     products = torch.empty(found.shape, dtype=torch.float32)
     size = max(1, _GATHERED // (found.shape[1] * vectors.shape[1]))
+    room = vectors.new_empty(size * found.shape[1], vectors.shape[1])
     for start in range(0, len(found), size):
-        part = slice(start, start + size)
-        theirs = vectors[found[part]].to(torch.float32)
-        mine = vectors[block][part].to(torch.float32)
-        products[part] = torch.bmm(theirs, mine[:, :, None]).squeeze(2)
+        some = found[start : start + size]
+        theirs = room[: some.numel()]
+        torch.index_select(vectors, 0, some.flatten(), out=theirs)
+        theirs = theirs.view(*some.shape, -1).to(torch.float32)
+        mine = vectors[block][start : start + size].to(torch.float32)
+        products[start : start + size] = torch.bmm(theirs, mine[:, :, None]).squeeze(2)
     cosines = products.double() / (norms[own].double()[:, None] * norms[found].double())
     cosines.masked_fill_(found == own[:, None], -torch.inf)
     cosines, order = cosines.sort(dim=1, descending=True, stable=True)

@@ -274,12 +274,39 @@ def relevance_weights(
         return weights
     index = torch.tensor(members)
     scores = similarity.detach().to("cpu", torch.float64)[index][:, index]
-    own = torch.eye(len(members), dtype=torch.bool)
-    if not bool(scores.masked_fill(own, 0).isfinite().all()):
-        raise PlanError("relevance between participants must be finite; found NaN or infinity")
-    scores = scores.masked_fill(own, -torch.inf)
-    # The difference comes first: it stays small and exact, whatever it is divided by.
-    scaled = (scores - scores.amax(dim=1, keepdim=True)) / temperature
-    exponentials = scaled.masked_fill(own, -torch.inf).exp()
-    weights[index[:, None], index] = exponentials / exponentials.sum(dim=1, keepdim=True)
+    peers = ~torch.eye(len(members), dtype=torch.bool)
+    weights[index[:, None], index] = peer_weights(scores, peers, temperature)
     return weights
+
+
+def peer_weights(
+    scores: Tensor, peers: Tensor, temperature: float, top_k: int | None = None
+) -> Tensor:
+    """Softmax of each receiver's relevance to its own peers.
+
+    Args:
+        scores: (T, S) float64, row t for receiver t; ignored (may be NaN) where nobody is a peer.
+        peers: (T, S) bool, which sources a receiver may have.
+        temperature: softmax temperature (tau), positive.
+        top_k: only the k most relevant peers have a weight, of equal ones the first; all when
+            omitted.
+
+    Returns:
+        (T, S) float64, exactly 0 for who is no peer; rows without a peer are 0, others sum to 1.
+
+    Raises:
+        PlanError: an entry between a receiver and its peer is not finite.
+    """
+    if not bool(scores.masked_fill(~peers, 0).isfinite().all()):
+        raise PlanError("relevance between participants must be finite; found NaN or infinity")
+    masked = scores.masked_fill(~peers, -torch.inf)
+    if top_k is not None and top_k < masked.shape[1]:
+        beyond = masked.argsort(dim=1, descending=True, stable=True)[:, top_k:]
+        masked.scatter_(1, beyond, -torch.inf)
+    if masked.numel() == 0:
+        return masked
+    # The difference comes first: it stays small and exact, whatever it is divided by.
+    scaled = (masked - masked.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)) / temperature
+    exponentials = scaled.masked_fill(masked.isneginf(), -torch.inf).exp()
+    sums = exponentials.sum(dim=1, keepdim=True)
+    return exponentials / sums.masked_fill(sums == 0, 1.0)

@@ -161,9 +161,9 @@ def weight_matrix(client_ids: Iterable[int], rows: Iterable[MixRow]) -> Tensor:
     position = {client: index for index, client in enumerate(sorted(client_ids))}
     matrix = torch.full((len(position), len(position)), float("nan"), dtype=torch.float32)
     for row in rows:
-        matrix[position[row.target]] = 0.0
-        for source, weight in zip(row.sources, row.weights, strict=True):
-            matrix[position[row.target], position[source]] = weight
+        values = matrix[position[row.target]]
+        values.zero_()
+        values[[position[source] for source in row.sources]] = torch.tensor(row.weights)
     return matrix
 
 

@@ -29,6 +29,7 @@ index, not by parsing parameter names; sums are float32 in ascending client id, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -57,7 +58,7 @@ from fedml_plugin_fedmosaic.core.types import (
     UpdateHeader,
     View,
 )
-from fedml_plugin_fedmosaic.equations.relevance import Similarity, relevance_weights
+from fedml_plugin_fedmosaic.equations.relevance import Similarity, peer_weights
 from fedml_plugin_fedmosaic.strategies.base import ServerState
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
@@ -266,39 +267,30 @@ class FedMosaic:
     ) -> tuple[MixRow, ...]:
         """The rows of one channel; receivers without a peer have none."""
         sources = self._sources(state)
-        layout = [state["layouts"][str(client)].get(channel) for client in clients]
-        # A receiver without a sketch has no evidence: equal similarity to all, hence equal weights.
-        known = (
-            torch.zeros(len(clients), len(clients), dtype=torch.float64)
-            if similarity is None
-            else similarity.nan_to_num(nan=0.0)
-        )
-        rows: list[MixRow] = []
+        by_layout: dict[str, list[int]] = {}
         for index, client in enumerate(clients):
-            peers = [
-                other
-                for other in range(len(clients))
-                if other != index
-                and clients[other] in sources
-                and layout[other] is not None
-                and layout[other] == layout[index]
-            ]
-            if self.options.top_k is not None:
-                scores = known[index].tolist()
-                peers = sorted(peers, key=lambda other: (-scores[other], other))
-                peers = sorted(peers[: self.options.top_k])
-            if peers:
-                weights = _softmax_row(known, index, peers, self.options.temperature)
-                # Sums are float32: what is 0 there need not travel (low temperatures).
-                kept = [pair for pair in zip(peers, weights, strict=True) if pair[1] >= _SMALLEST]
-                rows.append(
-                    MixRow(
-                        target=client,
-                        sources=tuple(clients[other] for other, _ in kept),
-                        weights=tuple(weight for _, weight in kept),
-                    )
-                )
-        return tuple(rows)
+            layout = state["layouts"][str(client)].get(channel)
+            if layout is not None:
+                by_layout.setdefault(layout, []).append(index)
+        rows: list[MixRow] = []
+        for members in by_layout.values():
+            senders = [index for index in members if clients[index] in sources]
+            receiving, sending = torch.tensor(members), torch.tensor(senders, dtype=torch.int64)
+            # A receiver without a sketch has no evidence: equal similarity, hence equal weights.
+            scores = (
+                torch.zeros(len(members), len(senders), dtype=torch.float64)
+                if similarity is None
+                else similarity[receiving[:, None], sending].nan_to_num(nan=0.0)
+            )
+            weights = peer_weights(
+                scores,
+                receiving[:, None] != sending,
+                self.options.temperature,
+                self.options.top_k,
+            )
+            ids = [clients[index] for index in senders]
+            rows += _mix_rows([clients[index] for index in members], ids, weights)
+        return tuple(sorted(rows, key=lambda row: row.target))
 
     def _sources(self, state: ServerState) -> frozenset[int]:
         """Clients that took part, and not too long ago."""
@@ -312,15 +304,19 @@ class FedMosaic:
         )
 
 
-def _softmax_row(
-    similarity: Tensor, index: int, peers: Sequence[int], temperature: float
-) -> tuple[float, ...]:
-    """Relevance weights of one receiver over its peers (ascending positions)."""
-    members = torch.tensor(sorted([index, *peers]))
-    weights = relevance_weights(similarity[members[:, None], members[None, :]], temperature)
-    own = int((members == index).nonzero())
-    row: list[float] = weights[own].tolist()
-    return tuple(weight for position, weight in enumerate(row) if position != own)
+def _mix_rows(targets: Sequence[int], sources: Sequence[int], weights: Tensor) -> list[MixRow]:
+    """Rows of a table of weights (targets, sources); targets without a source have none."""
+    # Sums are float32: what is 0 there need not travel (low temperatures).
+    kept = weights >= _SMALLEST
+    return [
+        MixRow(
+            target=target,
+            sources=tuple(itertools.compress(sources, keep)),
+            weights=tuple(itertools.compress(row, keep)),
+        )
+        for target, row, keep in zip(targets, weights.tolist(), kept.tolist(), strict=True)
+        if any(keep)
+    ]
 
 
 def _overwrite(

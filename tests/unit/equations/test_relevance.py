@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from fedml_plugin_fedmosaic.equations.relevance import (
     column_similarity,
     finish_similarity,
     flat_similarity,
+    peer_weights,
     relevance_weights,
     segment_products,
 )
@@ -214,3 +217,19 @@ def test_segments_cover_the_columns_once(rows: int, columns: int) -> None:
     assert len(segments) <= 64
     assert all(s.start % 16 == 0 for s in segments)
     assert all((s.stop - s.start) * rows >= 4096 for s in segments[:-1])
+
+
+def test_peers_may_differ_from_receiver_to_receiver() -> None:
+    scores = torch.tensor([[0.9, torch.nan, 0.1], [0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]).double()
+    peers = torch.tensor([[True, False, True], [True, True, True], [False, False, False]])
+    weights = peer_weights(scores, peers, 0.4)
+    assert weights[0].tolist() == pytest.approx([1 / (1 + math.exp(-2)), 0, 1 / (1 + math.exp(2))])
+    assert weights[1].tolist() == pytest.approx([1 / 3] * 3)
+    assert not weights[2].any()
+    # Of equally relevant peers the first are taken.
+    best = peer_weights(scores, peers, 0.4, top_k=2)
+    assert best[1].tolist() == [0.5, 0.5, 0.0]
+    assert torch.equal(best[0], weights[0])
+    with pytest.raises(PlanError, match="finite"):
+        peer_weights(scores, torch.ones(3, 3, dtype=torch.bool), 0.4)
+    assert peer_weights(torch.ones(2, 0).double(), torch.ones(2, 0).bool(), 0.4).shape == (2, 0)
