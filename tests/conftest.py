@@ -32,6 +32,15 @@ ASKED_FOR = {
 _left_out: Counter[str] = Counter()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        help="how often tests/resume kills each of its runs at a random moment",
+    )
+
+
 def pytest_report_header() -> str:
     package = Path(fedml_plugin_fedmosaic.__file__).parent
     return f"fedml_plugin_fedmosaic {fedml_plugin_fedmosaic.__version__} from {package}"

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 HooksFactory = Callable[["Experiment"], "RoundHooks | None"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """How a run is prepared, beside its configuration."""
+
+    ranks: int | None = None
+    resume: bool = False
+    from_round: int | None = None
+
+
 @click.command()
 @config_options
 @strategy_options
@@ -32,6 +42,18 @@ HooksFactory = Callable[["Experiment"], "RoundHooks | None"]
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder for the results; must not exist or be empty. A new one under runs/ by default.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN_DIR",
+    help="Go on with an interrupted run, with its own configuration; on any number of ranks.",
+)
+@click.option(
+    "--from-round",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --resume: go on after round N and forget what came later.",
 )
 @click.option(
     "-np",
@@ -51,6 +73,8 @@ def command(
     algo: str | None,
     backend: str | None,
     run_dir: Path | None,
+    resume: Path | None,
+    from_round: int | None,
     ranks: int | None,
     dry_run: bool,
 ) -> None:
@@ -66,6 +90,7 @@ def command(
       fedmosaic run --cf mine.yaml --run-dir runs/a    your own experiment
       fedmosaic run --backend MPI -np 4                clients spread over 4 processes
       mpiexec -n 4 fedmosaic run --backend MPI         the same, started by yourself
+      fedmosaic run --resume runs/a                    go on where a run was interrupted
     """
     settings = ctx.obj
     ctx.exit(
@@ -75,6 +100,8 @@ def command(
             backend=backend,
             overrides=overrides,
             run_dir=run_dir,
+            resume=resume,
+            from_round=from_round,
             ranks=ranks,
             dry_run=dry_run,
             debug=bool(settings and settings.debug),
@@ -89,6 +116,8 @@ def run_command(
     backend: str | None = None,
     overrides: Sequence[str] = (),
     run_dir: Path | str | None = None,
+    resume: Path | str | None = None,
+    from_round: int | None = None,
     ranks: int | None = None,
     dry_run: bool = False,
     debug: bool = False,
@@ -102,6 +131,9 @@ def run_command(
         backend: overrides the configuration's backend.
         overrides: ``section.key=value`` texts.
         run_dir: folder for the results.
+        resume: folder of a run to go on with; ``cf`` and ``overrides`` may then change only what
+            does not change results.
+        from_round: with ``resume``: rounds to keep, of the strategy that is not finished.
         ranks: start the same run on so many MPI ranks of this machine and wait for it; with
             ``dry_run`` none is started. None: the ranks that are there.
         dry_run: only load, check and describe.
@@ -110,7 +142,8 @@ def run_command(
             the experiment asks for differential privacy.
 
     Returns:
-        Exit code of the process: 0, 130 after Ctrl-C, or that of the error's class. Errors are
+        Exit code of the process: 0, 75 after SIGTERM or SIGUSR1 (everything is saved: resume the
+        run), 130 after Ctrl-C, or that of the error's class. Errors are
         printed, not raised. In an MPI job with several ranks an error ends the whole job.
     """
     from fedml_plugin_fedmosaic.launch.env import end_job, mpi_world, world
@@ -118,17 +151,25 @@ def run_command(
 
     rank, size = mpi_world()
     try:
+        _check_resume(run_dir, resume, from_round)
         if ranks is not None and not dry_run:
             arguments = _rank_arguments(algo, cf, backend, overrides, run_dir, debug=debug)
+            for option, value in (("--resume", resume), ("--from-round", from_round)):
+                if value is not None:
+                    arguments += [option, str(value)]
             return run_ranks(ranks, arguments)
-        experiment = _load(algo, cf, backend if ranks is None else "MPI", overrides)
-        folder = None if run_dir is None else Path(run_dir)
+        experiment = _load(algo, cf, backend if ranks is None else "MPI", overrides, resume)
+        chosen = run_dir if resume is None else resume
+        folder = None if chosen is None else Path(chosen)
+        options = _Options(resume=resume is not None, from_round=from_round)
         if dry_run:
             if rank == 0:
                 several = size if experiment.comm.backend == "MPI" else world("sp")[1]
-                _describe(_preparation(experiment, folder, hooks, ranks or several)(()))
+                planned = replace(options, ranks=ranks or several)
+                _describe(_preparation(experiment, folder, hooks, planned)(()))
             return 0
-        summary = train(experiment, folder, hooks)
+        prepare = _preparation(experiment, folder, hooks, options)
+        summary = _execute(prepare, quiet=rank > 0)
         if rank == 0:
             _conclude(summary)
     except (Exception, KeyboardInterrupt) as error:
@@ -170,6 +211,20 @@ def _rank_arguments(
     return [*arguments, "--debug"] if debug else arguments
 
 
+def _check_resume(
+    run_dir: Path | str | None, resume: Path | str | None, from_round: int | None
+) -> None:
+    from fedml_plugin_fedmosaic.core.errors import ConfigError
+
+    if resume is None and from_round is not None:
+        raise ConfigError("--from-round needs --resume RUN_DIR")
+    if resume is not None and run_dir is not None:
+        raise ConfigError(
+            "--run-dir cannot be combined with --resume",
+            hint="a resumed run goes on in its own folder",
+        )
+
+
 def _note_failure(run_dir: Path, code: int, error: BaseException) -> None:
     """Tells the job's owner, also when the run failed before it could start."""
     from fedml_plugin_fedmosaic.launch.base import JOB_FILE
@@ -180,13 +235,21 @@ def _note_failure(run_dir: Path, code: int, error: BaseException) -> None:
 
 
 def _load(
-    algo: str | None, cf: Path | str | None, backend: str | None, overrides: Sequence[str]
+    algo: str | None,
+    cf: Path | str | None,
+    backend: str | None,
+    overrides: Sequence[str],
+    resume: Path | str | None,
 ) -> Experiment:
     from fedml_plugin_fedmosaic.config.loader import load_experiment
 
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     path = None if cf is None else Path(cf)
+    if resume is not None:
+        from fedml_plugin_fedmosaic.runtime.resume import resumed_experiment
+
+        return resumed_experiment(Path(resume), path, overrides, algo=algo, backend=backend)
     return load_experiment(path, overrides, algo=algo, backend=backend)
 
 
@@ -207,14 +270,15 @@ def train(
     """
     from fedml_plugin_fedmosaic.launch.env import mpi_world
 
-    return _execute(_preparation(experiment, run_dir, hooks), quiet=mpi_world()[0] > 0)
+    prepare = _preparation(experiment, run_dir, hooks, _Options())
+    return _execute(prepare, quiet=mpi_world()[0] > 0)
 
 
 def _preparation(
     experiment: Experiment,
     run_dir: Path | None,
     hooks: HooksFactory | None,
-    ranks: int | None = None,
+    options: _Options,
 ) -> Callable[[Sequence[EventSink]], PreparedRun]:
     """Loads data and models once the sinks are known."""
     if hooks is None and experiment.dp.enable_dp:
@@ -228,7 +292,15 @@ def _preparation(
 
         made = hooks(experiment) if hooks is not None else None
         try:
-            return prepare_run(experiment, run_dir, sinks, made, ranks=ranks)
+            return prepare_run(
+                experiment,
+                run_dir,
+                sinks,
+                made,
+                ranks=options.ranks,
+                resume=options.resume,
+                from_round=options.from_round,
+            )
         except (AdapterError, PlanError) as error:
             # Before anything is trained, a misfit is a mistake in the configuration.
             mistake = ConfigError(error.message, hint=error.hint)
@@ -252,11 +324,15 @@ def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bo
     from rich.console import Console
 
     from fedml_plugin_fedmosaic.cli.progress import DropLines, LiveProgress, RoundLines
+    from fedml_plugin_fedmosaic.runtime.signals import stop_on_signals
 
     console = Console()
-    if quiet:
-        return prepare((DropLines(_print_line),)).execute()
     with ExitStack() as stack:
+        request = stack.enter_context(stop_on_signals())
+        if quiet:
+            prepared = prepare((DropLines(_print_line),))
+            prepared.should_stop = request
+            return prepared.execute()
         if console.is_terminal:
             live = LiveProgress(console)
             with console.status("loading data and models"):
@@ -269,6 +345,7 @@ def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bo
 
             folder = prepared.run_dir / "tensorboard"
             prepared.sinks = (*prepared.sinks, stack.enter_context(TensorBoardSink(folder)))
+        prepared.should_stop = request
         if prepared.topology.size > 1:
             for label, value in prepared.topology.describe():
                 _print_line(f"{label:<10} {value}")

@@ -43,7 +43,8 @@ def settings_of(experiment: Experiment) -> dict[str, Any]:
     for field, (section, inner) in SECTION_OF.items():
         start = tuple(part for part in (section, inner) if part)
         for path, value in _flat(getattr(experiment, field), start):
-            if not _is_free(field, path):
+            # A file need not say what is not set.
+            if value is not None and not _is_free(field, path):
                 found[".".join(path)] = value
     found["train_args.federated_optimizer"] = experiment.algo
     return found

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from fedml_plugin_fedmosaic.core.errors import LaunchError
 from fedml_plugin_fedmosaic.launch.env import mpi_world
@@ -66,7 +70,30 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
         # Open MPI gives its ranks a terminal of its own, whatever its output goes to.
         environment.setdefault("TTY_COMPATIBLE", "0")
     sys.stdout.flush()
-    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
+    with subprocess.Popen(command, env=environment) as job, _forwarding(job):  # noqa: S603
+        return job.wait()
+
+
+@contextmanager
+def _forwarding(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hands SIGTERM and SIGUSR1 on to the ranks as SIGUSR1, which asks them to stop and save.
+
+    MPI launchers pass SIGUSR1 on, but answer SIGTERM by killing the ranks within a second or two.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        job.send_signal(signal.SIGUSR1)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 __all__ = ["mpiexec_command", "run_ranks"]

@@ -72,6 +72,18 @@ def our_options() -> list[click.Option]:
             help="With --algo: folder for the results; a new one under runs/ when omitted.",
         ),
         click.Option(
+            ["--resume", "fm_resume"],
+            metavar="RUN_DIR",
+            type=click.Path(path_type=Path),
+            help="With --algo: go on with an interrupted run, on any number of ranks.",
+        ),
+        click.Option(
+            ["--from-round", "fm_from_round"],
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="With --resume: go on after round N and forget what came later.",
+        ),
+        click.Option(
             ["--dry-run", "fm_dry_run"],
             is_flag=True,
             help="With --algo: check everything and say what would run.",
@@ -150,6 +162,8 @@ def _run(ours: dict[str, Any]) -> int:
             backend=ours["fm_backend"],
             overrides=tuple(ours["fm_overrides"]),
             run_dir=ours["fm_run_dir"],
+            resume=ours["fm_resume"],
+            from_round=ours["fm_from_round"],
             ranks=ours["fm_ranks"],
             dry_run=ours["fm_dry_run"],
             debug=ours["fm_debug"],

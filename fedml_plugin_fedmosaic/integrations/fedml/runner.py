@@ -22,6 +22,7 @@ from fedml_plugin_fedmosaic.launch.env import end_job, mpi_world
 from fedml_plugin_fedmosaic.report.html import write_report
 from fedml_plugin_fedmosaic.report.tables import write_summary
 from fedml_plugin_fedmosaic.runtime.federation import RunSummary, prepare_run
+from fedml_plugin_fedmosaic.runtime.signals import stop_on_signals
 
 LOG = logging.getLogger(__name__)
 
@@ -79,13 +80,16 @@ class Runner:
 
         Raises:
             ClientFailure: a client failed; what finished before is in the run folder.
+            RunInterrupted: SIGTERM or SIGUSR1 asked the run to stop; it can be resumed.
         """
         with self._guarded(), _visible_log():
             topology = self._prepared.topology
             if topology.size > 1 and mpi_world()[0] == 0:
                 for label, value in topology.describe():
                     LOG.info("%s: %s", label, value)
-            self.summary = self._prepared.execute()
+            with stop_on_signals() as request:
+                self._prepared.should_stop = request
+                self.summary = self._prepared.execute()
             if mpi_world()[0] == 0:
                 write_summary(self.summary.run_dir)
                 LOG.info("report: %s", write_report(self.summary.run_dir))
