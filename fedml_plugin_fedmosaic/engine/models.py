@@ -34,6 +34,7 @@ from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.data.prompt import PromptEncoder
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.hub import cached_folder
 from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
 from fedml_plugin_fedmosaic.engine.processor import (
     ImageSource,
@@ -272,10 +273,10 @@ def size_label(num_parameters: int) -> str:
 
 
 def resolve(name: str, path: str) -> str:
-    """The folder or hub id that a specification means.
+    """The folder that a specification means: its own, a bundled one, or the hub's cache.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it is not in the cache.
     """
     if path.startswith(BUNDLED):
         root = resources.files("fedml_plugin_fedmosaic") / "assets" / "models"
@@ -301,7 +302,7 @@ def resolve(name: str, path: str) -> str:
             + ("a file" if folder.exists() else "nothing"),
             hint="give an existing folder, bundled:<name>, or a hub id such as owner/model",
         )
-    return path
+    return str(cached_folder(name, path))
 
 
 @contextmanager
@@ -314,7 +315,7 @@ def errors_named(name: str, path: str) -> Iterator[None]:
         raise ConfigError(
             f"model {name!r} cannot be loaded from {path!r}: {reason}",
             hint="nothing is downloaded in a run: give a folder with config.json, *.safetensors "
-            "and the tokenizer's files, or fetch a hub id once with 'hf download ID'",
+            "and the tokenizer's files, or fetch a hub id once with 'fedmosaic models fetch ID'",
         ) from error
 
 

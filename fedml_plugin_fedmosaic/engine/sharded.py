@@ -8,6 +8,7 @@ weight is sent from rank to rank. (transformers' own loader lets the first rank 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,51 @@ from fedml_plugin_fedmosaic.engine.models import (
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+def check_sharded(name: str, spec: ModelSpec, engine: EngineConfig, optim: OptimConfig) -> None:
+    """Finds what is wrong with a sharded model's configuration before any rank waits for another.
+
+    Args:
+        name: the model's name in the configuration.
+        spec: of the model.
+        engine: names DeepSpeed's JSON configuration.
+        optim: must agree with it.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or its configuration is missing or does not fit.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"model {name!r} is trained with DeepSpeed, which is not installed",
+            hint="pip install 'fedml-plugin-fedmosaic[deepspeed]'",
+        )
+    _resolve(name, spec, engine, optim, hidden_size=1, ranks=spec.ranks)
+
+
+def _resolve(
+    name: str,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    *,
+    hidden_size: int,
+    ranks: int,
+) -> dict[str, Any]:
+    if engine.deepspeed is None:
+        raise ConfigError(
+            f"model {name!r} is trained with DeepSpeed on {ranks} rank(s), but "
+            "engine_args.deepspeed names no configuration",
+            hint="start from configs/deepspeed/zero3.json",
+        )
+    return resolve_deepspeed(
+        read_deepspeed_json(engine.deepspeed),
+        optim=optim,
+        spec=spec,
+        hidden_size=hidden_size,
+        ranks=ranks,
+        path=engine.deepspeed,
+    )
+
+
 def load_sharded_model(
     name: str,
     spec: ModelSpec,
@@ -68,25 +114,12 @@ def load_sharded_model(
             its configuration does not fit.
         CommError: the ranks cannot meet.
     """
-    if engine.deepspeed is None:
-        raise ConfigError(
-            f"model {name!r} is trained with DeepSpeed on {world.size} rank(s), but "
-            "engine_args.deepspeed names no configuration",
-            hint="start from configs/deepspeed/zero3.json",
-        )
-    document = read_deepspeed_json(engine.deepspeed)
     source = resolve(name, spec.path)
     with errors_named(name, spec.path):
         loader, _ = model_class(source)
         config = AutoConfig.from_pretrained(source, local_files_only=True)
-    resolved = resolve_deepspeed(
-        document,
-        optim=optim,
-        spec=spec,
-        hidden_size=int(config.get_text_config().hidden_size),
-        ranks=world.size,
-        path=engine.deepspeed,
-    )
+    width = int(config.get_text_config().hidden_size)
+    resolved = _resolve(name, spec, engine, optim, hidden_size=width, ranks=world.size)
     group = GroupWorld(world, device, engine.collective_timeout_s)
     deepspeed = open_deepspeed(group)
     if resolved["zero_optimization"]["stage"] < 3:

@@ -22,6 +22,7 @@ from fedml_plugin_fedmosaic.core.types import (
 )
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.base import ShouldStop, StepCallback
+from fedml_plugin_fedmosaic.engine.factory import make_engine
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
@@ -54,13 +55,14 @@ class EnginePool:
         """The engine of a model."""
         if model not in self._engines:
             exp = self._experiment
-            self._engines[model] = TorchEngine(
+            self._engines[model] = make_engine(
                 self._bundles[model],
                 exp.adapter,
                 self.adapter,
                 exp.optim,
                 exp.evaluation,
-                derive_seed(exp.common.random_seed, "adapter"),
+                exp.engine,
+                seed=derive_seed(exp.common.random_seed, "adapter"),
                 alignment=self._alignment(model),
             )
         return self._engines[model]

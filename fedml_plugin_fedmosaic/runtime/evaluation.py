@@ -10,8 +10,8 @@ from fedml_plugin_fedmosaic.core.events import Evaluated, EvaluationProgress, Ev
 from fedml_plugin_fedmosaic.core.types import View
 from fedml_plugin_fedmosaic.data.base import FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.base import Score, ShouldStop
+from fedml_plugin_fedmosaic.engine.factory import make_engine
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
-from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner
 from fedml_plugin_fedmosaic.runtime.journal import ScoreKey
 from fedml_plugin_fedmosaic.runtime.signals import never
@@ -72,13 +72,14 @@ def evaluate_base(
     scores: dict[tuple[str, str], Score] = {}
     for model in sorted({model for model, _ in wanted}):
         # A minimal adapter structure: the view "base" switches it off.
-        engine = TorchEngine(
+        engine = make_engine(
             bundles[model],
             AdapterConfig(rank=1, num_blocks=1),
             "lora",
             experiment.optim,
             experiment.evaluation,
-            0,
+            experiment.engine,
+            seed=0,
         )
         try:
             for task in sorted(task for name, task in wanted if name == model):

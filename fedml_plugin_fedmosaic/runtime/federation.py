@@ -33,7 +33,7 @@ from fedml_plugin_fedmosaic.core.events import EventSink, RunFinished
 from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.base import ModelInfo, ShouldStop
-from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES
 from fedml_plugin_fedmosaic.launch.env import world
 from fedml_plugin_fedmosaic.launch.topology import Topology
@@ -51,6 +51,7 @@ from fedml_plugin_fedmosaic.runtime.resume import (
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.setup import (
     choose_proxy,
+    load_bundles,
     needed_models,
     open_communicator,
     outline_models,
@@ -398,9 +399,7 @@ def prepare_run(
 
     chosen_dir = Path(comm.share(str(together(comm, claim)))[0])
     needed = needed_models(data, comm, names, proxy)
-    bundles = together(
-        comm, lambda: {name: load_model(name, models[name], device) for name in needed}
-    )
+    bundles = load_bundles(experiment, data, comm, device, needed, proxy, names)
     for name in names:
         try:
             StrategyRun.check(name, experiment, data, bundles, comm)

@@ -36,7 +36,7 @@ from fedml_plugin_fedmosaic.runtime.faults import FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
 from fedml_plugin_fedmosaic.runtime.keeper import Keeper, Standing
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
-from fedml_plugin_fedmosaic.runtime.setup import share_manifests, together
+from fedml_plugin_fedmosaic.runtime.setup import proxy_key, share_manifests, together
 from fedml_plugin_fedmosaic.runtime.store import to_rows
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
 from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
@@ -92,7 +92,7 @@ class StrategyRun:
         self.strategy = build_strategy(name, experiment)
         self.pool = EnginePool(experiment, bundles, self.strategy.adapter)
         # Only ranks that compute sketches have loaded it.
-        self.proxy = bundles.get(proxy)
+        self.proxy = bundles.get(proxy_key(proxy), bundles.get(proxy))
         self.life = life
         self.guard = FaultGuard(experiment.faults, name, sink, group_size=comm.group_size)
         self.keeper = Keeper(

@@ -24,7 +24,9 @@ from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS, STRATEGIES
 from fedml_plugin_fedmosaic.core.types import ClientManifest
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.outline import outline_model
+from fedml_plugin_fedmosaic.engine.sharded import check_sharded, load_sharded_model
 from fedml_plugin_fedmosaic.launch.topology import ClientLoad, Topology, plan_topology
 
 LOG = logging.getLogger(__name__)
@@ -109,6 +111,12 @@ def plan_ranks(
             "and each of them would draw noise of its own",
             hint="set ranks: 1 for all models of a run with differential privacy",
         )
+    if wide and experiment.faults.round_deadline_s is not None:
+        raise ConfigError(
+            f"faults.round_deadline_s: client {wide[0].client_id} is trained by {wide[0].ranks} "
+            "ranks, which would not stop at the same step by looking at their own clocks",
+            hint="leave it out, or set ranks: 1 for all models",
+        )
     return plan_topology(world_size, loads)
 
 
@@ -160,6 +168,71 @@ def needed_models(
     if names and comm.is_leader and any(STRATEGIES[name].needs_sketch for name in strategies):
         names.add(proxy)
     return sorted(names)
+
+
+def load_bundles(
+    experiment: Experiment,
+    data: FederatedData,
+    comm: Communicator,
+    device: torch.device,
+    needed: Sequence[str],
+    proxy: str,
+    strategies: Collection[str],
+) -> dict[str, ModelBundle]:
+    """Loads this rank's base models; the ranks of a group load their clients' models together.
+
+    Sketches need a proxy with whole weights: one that is cut over the ranks for training is loaded
+    once more on the leader, under :func:`proxy_key`.
+
+    Args:
+        experiment: the run.
+        data: its data.
+        comm: says which group this is.
+        device: of this rank.
+        needed: what :func:`needed_models` returned.
+        proxy: the proxy's name.
+        strategies: of the run.
+
+    Raises:
+        ConfigError: a model or the DeepSpeed configuration is wrong, or cannot be loaded.
+    """
+    owned = set(comm.owned([client.client_id for client in data.clients]))
+    trained = {client.model_id for client in data.clients if client.client_id in owned}
+    specs = experiment.models
+    for name in sorted(used_models(experiment, data)):
+        if specs[name].sharded:
+            check_sharded(name, specs[name], experiment.engine, experiment.optim)
+    # A dry run looks at the models in one process, whatever its group would be.
+    shared = [
+        name
+        for name in sorted(trained)
+        if specs[name].sharded and specs[name].ranks == comm.group_size
+    ]
+    # Before anything can fail on one rank alone: the whole group has to call it.
+    world = comm.process_world() if shared else None
+
+    def load() -> dict[str, ModelBundle]:
+        bundles: dict[str, ModelBundle] = {}
+        for name in needed:
+            spec = specs[name]
+            if world is None or name not in shared:
+                bundles[name] = load_model(name, spec, device)
+                continue
+            bundles[name] = load_sharded_model(
+                name, spec, device, world=world, engine=experiment.engine, optim=experiment.optim
+            )
+        sharding = bundles[proxy].sharding if proxy in bundles else None
+        sketches = comm.is_leader and any(STRATEGIES[name].needs_sketch for name in strategies)
+        if sketches and sharding is not None and sharding.cuts_weights:
+            bundles[proxy_key(proxy)] = load_model(proxy, specs[proxy], device)
+        return bundles
+
+    return together(comm, load)
+
+
+def proxy_key(proxy: str) -> str:
+    """The name of a proxy that is loaded beside a sharded model of the same name."""
+    return f"proxy of sketches: {proxy}"
 
 
 def together(comm: Communicator, work: Callable[[], T]) -> T:
