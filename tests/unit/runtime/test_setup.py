@@ -108,6 +108,14 @@ def test_noise_of_several_ranks_would_differ(parts: SimpleNamespace) -> None:
         plan_ranks(wide(private, 2), parts.data, parts.outlines, 4)
 
 
+def test_clocks_of_several_ranks_would_differ(parts: SimpleNamespace) -> None:
+    faults = replace(parts.experiment.faults, round_deadline_s=60.0)
+    hasty = replace(parts.experiment, faults=faults)
+    with pytest.raises(ConfigError, match=r"faults.round_deadline_s: client 1 is trained by 2"):
+        plan_ranks(wide(hasty, 2), parts.data, parts.outlines, 4)
+    assert len(plan_ranks(hasty, parts.data, parts.outlines, 3).groups) == 3
+
+
 def test_ranks_load_what_their_clients_need(parts: SimpleNamespace) -> None:
     proxy = choose_proxy(parts.experiment, parts.outlines)
     assert proxy == "small"
