@@ -194,9 +194,10 @@ def _remember(spec: JobSpec, ids: tuple[str, ...]) -> SlurmJob:
 
 
 def _prepare(spec: JobSpec) -> None:
-    if shutil.which("sbatch") is None:
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
         raise LaunchError(
-            "no sbatch on PATH: this machine cannot submit Slurm jobs",
+            f"no {missing[0]} on PATH: this machine cannot submit Slurm jobs",
             hint="log in to the cluster's login node, load its Slurm module, or take "
             "--launcher local",
         )
@@ -242,8 +243,6 @@ def _sbatch(folder: Path, text: str, num_tasks: int, after: str | None) -> str:
 
     try:
         job = Executor(folder=folder)._submit_command("unused: the script is complete")
-    except RuntimeError as error:
-        raise LaunchError(f"no srun on PATH: {error}") from error
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise _refusal(str(error)) from error
     return str(job.job_id)
