@@ -78,6 +78,7 @@ class LocalJob:
             return JobStatus.CANCELLED if self._cancelled else JobStatus.PENDING
         if self._alive():
             return JobStatus.RUNNING
+        self.record = read_record(self.run_dir, NAME)  # another program may have ended it
         if self._cancelled or self.record.details.get("cancelled"):
             return JobStatus.CANCELLED
         if self.record.details.get("failed"):
