@@ -18,9 +18,19 @@ def command() -> None:
 @command.command()
 @config_options
 @strategy_options
+@click.option(
+    "--offline-ready",
+    is_flag=True,
+    help="Also check that models and data are there, so that no run needs the internet.",
+)
 @debug_option
 def check(
-    *, cf: Path | None, overrides: tuple[str, ...], algo: str | None, backend: str | None
+    *,
+    cf: Path | None,
+    overrides: tuple[str, ...],
+    algo: str | None,
+    backend: str | None,
+    offline_ready: bool,
 ) -> None:
     """Check a configuration and report every mistake at once.
 
@@ -30,6 +40,7 @@ def check(
     Examples:
       fedmosaic config check --cf mine.yaml
       fedmosaic config check --cf mine.yaml --set adapter.rank=64
+      fedmosaic config check --cf mine.yaml --offline-ready
     """
     from fedml_plugin_fedmosaic.config.loader import bundled_config, load_experiment
 
@@ -38,6 +49,11 @@ def check(
         f"{cf or bundled_config()}: correct ({experiment.algo} on {experiment.data.source}, "
         f"{experiment.train.comm_round} rounds, backend {experiment.comm.backend})"
     )
+    if offline_ready:
+        from fedml_plugin_fedmosaic.runtime.offline import require_offline
+
+        require_offline(experiment)
+        click.echo("models and data are there: a run needs no internet")
 
 
 @command.command()

@@ -1,4 +1,4 @@
-"""``fedmosaic data headroom``."""
+"""``fedmosaic data headroom|fetch``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedml_plugin_fedmosaic.cli.options import config_options, debug_option
 
 @click.group()
 def command() -> None:
-    """Look at the data of an experiment."""
+    """Look at, or fetch, the data of an experiment."""
 
 
 @command.command()
@@ -43,3 +43,41 @@ def headroom(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
     else:
         table = measure(experiment, ())
     print_table(table, console)
+
+
+@command.command()
+@click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(path_type=Path))
+@config_options
+@click.option("--repo", metavar="OWNER/NAME", help="Another data set repository of the hub.")
+@debug_option
+def fetch(
+    *, files: tuple[Path, ...], cf: Path | None, overrides: tuple[str, ...], repo: str | None
+) -> None:
+    """Download or build the data of configurations, on a machine with internet.
+
+    FILE is a configuration or a sweep file. Published data go into data.root, which compute nodes
+    must see; what is there already is kept.
+
+    \b
+    Examples:
+      fedmosaic data fetch                              build the bundled quickstart beforehand
+      fedmosaic data fetch --cf configs/drake/small.yaml
+    """
+    from fedml_plugin_fedmosaic.cli.fetching import experiments_of
+    from fedml_plugin_fedmosaic.core.errors import ConfigError
+    from fedml_plugin_fedmosaic.core.registry import SOURCES
+
+    wanted: list[Path | None] = [*files]
+    if cf is not None or not files:
+        wanted.append(cf)
+    done = set()
+    for experiment in experiments_of(wanted, overrides):
+        data = experiment.data
+        if (data.source, data.root, data.scenario) in done:
+            continue
+        done.add((data.source, data.root, data.scenario))
+        if data.source not in SOURCES:
+            raise ConfigError(
+                f"data set {data.source!r} has no source to fetch from; known: {', '.join(SOURCES)}"
+            )
+        click.echo(SOURCES[data.source]().fetch(data, repo, click.echo))

@@ -25,8 +25,8 @@ _COMMANDS = {
     "cancel": (f"{_ROOT}.cancel:command", "End a job."),
     "export": (f"{_ROOT}.export:command", "Write a client's model as a plain LoRA adapter."),
     "config": (f"{_ROOT}.config:command", "Check, show and explain configurations."),
-    "data": (f"{_ROOT}.data:command", "Look at the data of an experiment."),
-    "models": (f"{_ROOT}.models:command", "Build the small bundled models."),
+    "data": (f"{_ROOT}.data:command", "Look at, or fetch, the data of an experiment."),
+    "models": (f"{_ROOT}.models:command", "Fetch base models, or build the bundled ones."),
     "doctor": (f"{_ROOT}.doctor:command", "Check the installation and name its parts."),
 }
 

@@ -1,4 +1,4 @@
-"""``fedmosaic models build-quickstart``."""
+"""``fedmosaic models build-quickstart|fetch``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from fedml_plugin_fedmosaic.cli.options import debug_option
+from fedml_plugin_fedmosaic.cli.options import config_options, debug_option
 
 
 @click.group()
 def command() -> None:
-    """Build the small bundled models."""
+    """Fetch base models, or build the small bundled ones."""
 
 
 @command.command("build-quickstart")
@@ -32,3 +32,43 @@ def build_quickstart(*, out: Path) -> None:
 
     build_quickstart_models(out, log=click.echo)
     click.echo(out)
+
+
+@command.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@config_options
+@debug_option
+def fetch(*, names: tuple[str, ...], cf: Path | None, overrides: tuple[str, ...]) -> None:
+    """Download base models into the cache, on a machine with internet.
+
+    NAME is a model of the Hugging Face hub (owner/name), a configuration or a sweep file. Runs
+    never download: they look into the same cache and say at once what is missing. HF_HOME names
+    the cache; it must lie where the compute nodes see it.
+
+    \b
+    Examples:
+      fedmosaic models fetch owner/model
+      fedmosaic models fetch --cf configs/drake/small.yaml
+      fedmosaic models fetch configs/sweeps/cross_family.yaml
+    """
+    from fedml_plugin_fedmosaic.cli.fetching import experiments_of
+    from fedml_plugin_fedmosaic.config.paths import hub_cache
+    from fedml_plugin_fedmosaic.core.errors import ConfigError
+    from fedml_plugin_fedmosaic.engine.hub import fetch_model, is_hub_id
+
+    files: list[Path | None] = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
+    wanted = [name for name in names if Path(name) not in files]
+    if wrong := [name for name in wanted if not is_hub_id(name)]:
+        raise ConfigError(
+            f"{wrong[0]!r} is no model of the hub and no YAML file", hint="write owner/name"
+        )
+    if cf is not None or not names:
+        files.append(cf)
+    for experiment in experiments_of(files, overrides):
+        wanted += [spec.path for spec in experiment.models.values() if is_hub_id(spec.path)]
+    for hub_id in dict.fromkeys(wanted):
+        click.echo(f"{hub_id}  {fetch_model(hub_id)}")
+    if not wanted:
+        click.echo("nothing to fetch: all models are bundled or folders")
+    else:
+        click.echo(f"cache     {hub_cache()}; compute nodes must see it (HF_HOME)")

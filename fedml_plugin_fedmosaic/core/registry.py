@@ -109,6 +109,13 @@ DATASETS = Registry(
         "quickstart": f"{_ROOT}.data.quickstart:load_quickstart",
     },
 )
+SOURCES = Registry(
+    "sources",
+    {
+        "drake": f"{_ROOT}.data.sources:DrakeSource",
+        "quickstart": f"{_ROOT}.data.sources:QuickstartSource",
+    },
+)
 COMMUNICATORS = Registry(
     "communicators",
     {

@@ -74,6 +74,21 @@ def load_drake(config: DataConfig) -> FederatedData:
     )
 
 
+def open_scenario(config: DataConfig) -> tuple[Path, tuple[ScenarioClient, ...]]:
+    """The data root and the scenario's clients, without reading samples.
+
+    Raises:
+        DataError: the root or the scenario is missing or wrong.
+    """
+    root = _root_folder(config.root)
+    return root, read_scenario(_scenario_file(root, config.scenario))
+
+
+def sample_file(root: Path, task: TaskSpec, split: Split) -> Path:
+    """Where the samples of one task and split are."""
+    return root / "dataset" / task.dataset / split / f"dataset-{task.subset_id}.json"
+
+
 def _client(client: ScenarioClient, train: Mapping[str, tuple[Sample, ...]]) -> ClientData:
     return ClientData(
         client_id=client.client_id,
@@ -150,7 +165,7 @@ class _Reader:
 
     def read(self, task: TaskSpec, split: Split) -> tuple[Sample, ...]:
         """All samples of one task and split, checked."""
-        path = self.root / "dataset" / task.dataset / split / f"dataset-{task.subset_id}.json"
+        path = sample_file(self.root, task, split)
         rows = _read_rows(path, task)
         samples: list[Sample] = []
         problems: list[_Problem] = []

@@ -34,8 +34,8 @@ from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.data.prompt import PromptEncoder
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
-from fedml_plugin_fedmosaic.engine.hub import cached_folder
 from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
+from fedml_plugin_fedmosaic.engine.hub import cached_folder
 from fedml_plugin_fedmosaic.engine.processor import (
     ImageSource,
     PixelSource,

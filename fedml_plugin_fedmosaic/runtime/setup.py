@@ -24,6 +24,7 @@ from fedml_plugin_fedmosaic.core.registry import COMMUNICATORS, STRATEGIES
 from fedml_plugin_fedmosaic.core.types import ClientManifest
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.hub import require_models
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.outline import outline_model
 from fedml_plugin_fedmosaic.engine.sharded import check_sharded, load_sharded_model
@@ -58,7 +59,12 @@ def used_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelS
 
 
 def outline_models(models: Mapping[str, ModelSpec]) -> dict[str, ModelInfo]:
-    """What each model is, without loading it."""
+    """What each model is, without loading it.
+
+    Raises:
+        ConfigError: hub models are missing in the cache (all are named), or one is damaged.
+    """
+    require_models(models)
     return {name: outline_model(name, spec) for name, spec in models.items()}
 
 

