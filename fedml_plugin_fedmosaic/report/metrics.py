@@ -331,6 +331,9 @@ def load_run(run_dir: Path) -> Run:
         DataError: ``metrics.jsonl`` or ``clients.json`` is missing or damaged (file and line).
     """
     events = read_events(run_dir / METRICS_FILE)
+    # While a run of several ranks goes on, each rank writes a file of its own.
+    for path in sorted(run_dir.glob("metrics.rank*.jsonl")):
+        events += read_events(path)
     clients = read_clients(run_dir / CLIENTS_FILE)
     grouped: dict[str, list[ev.Event]] = {}
     for event in events:
