@@ -152,20 +152,23 @@ def run_command(
     rank, size = mpi_world()
     try:
         _check_resume(run_dir, resume, from_round)
+        if ranks is not None:
+            _check_ranks(backend)
         if ranks is not None and not dry_run:
-            arguments = _rank_arguments(algo, cf, backend, overrides, run_dir, debug=debug)
+            arguments = _rank_arguments(algo, cf, overrides, run_dir, debug=debug)
             for option, value in (("--resume", resume), ("--from-round", from_round)):
                 if value is not None:
                     arguments += [option, str(value)]
             return run_ranks(ranks, arguments)
         experiment = _load(algo, cf, backend if ranks is None else "MPI", overrides, resume)
+        if experiment.comm.backend == "sp":
+            world("sp")  # before the slow imports
         chosen = run_dir if resume is None else resume
         folder = None if chosen is None else Path(chosen)
         options = _Options(resume=resume is not None, from_round=from_round)
         if dry_run:
             if rank == 0:
-                several = size if experiment.comm.backend == "MPI" else world("sp")[1]
-                planned = replace(options, ranks=ranks or several)
+                planned = replace(options, ranks=ranks or size)
                 _describe(_preparation(experiment, folder, hooks, planned)(()))
             return 0
         prepare = _preparation(experiment, folder, hooks, options)
@@ -186,22 +189,24 @@ def run_command(
     return 0
 
 
-def _rank_arguments(
-    algo: str | None,
-    cf: Path | str | None,
-    backend: str | None,
-    overrides: Sequence[str],
-    run_dir: Path | str | None,
-    *,
-    debug: bool,
-) -> list[str]:
-    """The same command line for one rank."""
+def _check_ranks(backend: str | None) -> None:
     from fedml_plugin_fedmosaic.core.errors import ConfigError
 
     if backend is not None and backend.lower() != "mpi":
         raise ConfigError(
             f"-np starts MPI ranks, but the backend is {backend}", hint="say --backend MPI"
         )
+
+
+def _rank_arguments(
+    algo: str | None,
+    cf: Path | str | None,
+    overrides: Sequence[str],
+    run_dir: Path | str | None,
+    *,
+    debug: bool,
+) -> list[str]:
+    """The same command line for one rank."""
     arguments = ["run", "--backend", "MPI"]
     for option, value in (("--algo", algo), ("--cf", cf), ("--run-dir", run_dir)):
         if value is not None:

@@ -67,7 +67,7 @@ def world(backend: str, environ: Mapping[str, str] | None = None) -> tuple[int, 
     found_rank, found_size = int(MPI.COMM_WORLD.Get_rank()), int(MPI.COMM_WORLD.Get_size())
     # The sizes may differ for other reasons: srun tells each part of a heterogeneous job its own.
     if size > 1 and found_size == 1:
-        library = MPI.Get_library_version().splitlines()[0].strip("\0 ,")
+        library = MPI.Get_library_version().partition(",")[0].strip("\0 \n")
         raise LaunchError(
             f"the launcher started rank {rank} of {size}, but MPI says rank {found_rank} of "
             f"{found_size}: launcher and MPI library do not belong together",

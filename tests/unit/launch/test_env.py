@@ -62,7 +62,8 @@ def test_a_launcher_of_another_mpi_is_found_out():
     text = "started rank 1 of 2, but MPI says rank 0 of 1: launcher and MPI library do not belong"
     with pytest.raises(LaunchError, match=text) as info:
         world("MPI", {"PMI_RANK": "1", "PMI_SIZE": "2"})
-    assert "mpirun" in str(info.value.hint)
+    assert str(info.value.hint).startswith("mpi4py uses ")
+    assert len(str(info.value.hint)) < 200
     assert world("MPI", {}) == (0, 1)
 
 
