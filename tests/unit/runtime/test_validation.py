@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from fedml_plugin_fedmosaic.comm.codec import decode_headers, encode_headers
 from fedml_plugin_fedmosaic.core.errors import ClientFailure, CommError
 from fedml_plugin_fedmosaic.core.types import ClientUpdate, UpdateHeader
 from fedml_plugin_fedmosaic.runtime.validation import (
@@ -145,3 +150,33 @@ def test_headers_are_checked_on_receipt() -> None:
     ]:
         with pytest.raises(CommError, match=message):
             check_headers([*good, wrong], cohort=(4, 5, 6), round_idx=2)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+RECORDS = st.lists(
+    VALUES
+    | st.fixed_dictionaries(
+        dict.fromkeys(("client_id", "round_idx", "num_examples", "sketch"), VALUES)
+    ),
+    max_size=3,
+)
+
+
+@given(RECORDS | VALUES)
+@example([{"client_id": 0, "round_idx": 0, "num_examples": float("inf"), "sketch": None}])
+@example([{"client_id": 0, "round_idx": 0, "num_examples": 1, "sketch": [-2, -2]}])
+@example([{"client_id": 0, "round_idx": 0, "num_examples": 1, "sketch": [2**40, 2**40]}])
+def test_a_hostile_header_message_is_a_comm_error_and_nothing_else(records: Any) -> None:
+    text = json.dumps(records).encode()
+    magic = encode_headers([])[:4]
+    try:
+        headers = decode_headers(magic + struct.pack("<q", len(text)) + text)
+        check_headers(headers, cohort=(0, 1), round_idx=0)
+    except CommError:
+        return
+    assert all(header.client_id in (0, 1) for header in headers)
