@@ -7,6 +7,7 @@ of its relevance to everybody else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -70,6 +71,26 @@ def flat_similarity(sketches: Sequence[Tensor], block_columns: int | None = None
         PlanError: see :func:`column_similarity`.
     """
     return _similarity(sketches, "flat", block_columns)
+
+
+def unit_columns(sketch: Tensor) -> Tensor:
+    """A sketch as one vector whose inner products are the column similarity.
+
+    For comparing by flattened vectors what is defined by columns: nearest neighbours, or a random
+    projection of the whole vector (:func:`~.gradient.compress`), which keeps inner products in
+    expectation and makes a sketch of millions of entries one of a few thousand.
+
+    Args:
+        sketch: (rows, columns), floating point.
+
+    Returns:
+        (1, rows * columns) float32 (float64 if the sketch is): columns of length
+        ``columns ** -0.5``, or 0 if they are 0; so its length is 1 if no column is 0.
+    """
+    wide = sketch.to(torch.float64 if sketch.dtype == torch.float64 else torch.float32)
+    norms = torch.linalg.vector_norm(wide, dim=0).clamp_min_(_NORM_FLOOR)
+    unit: Tensor = wide / norms.mul_(math.sqrt(sketch.shape[1]))
+    return unit.view(1, -1)
 
 
 def column_segments(rows: int, columns: int) -> tuple[slice, ...]:

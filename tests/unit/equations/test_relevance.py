@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.equations.gradient import column_projection, compress
 from fedml_plugin_fedmosaic.equations.relevance import (
     Similarity,
     column_segments,
@@ -17,6 +18,7 @@ from fedml_plugin_fedmosaic.equations.relevance import (
     peer_weights,
     relevance_weights,
     segment_products,
+    unit_columns,
 )
 
 
@@ -233,3 +235,23 @@ def test_peers_may_differ_from_receiver_to_receiver() -> None:
     with pytest.raises(PlanError, match="finite"):
         peer_weights(scores, torch.ones(3, 3, dtype=torch.bool), 0.4)
     assert peer_weights(torch.ones(2, 0).double(), torch.ones(2, 0).bool(), 0.4).shape == (2, 0)
+
+
+def test_unit_columns_turn_the_column_similarity_into_inner_products() -> None:
+    sketches = _sketches(4)
+    sketches[1][:, 2] = 0
+    flat = torch.cat([unit_columns(sketch) for sketch in sketches])
+    torch.testing.assert_close(flat @ flat.T, column_similarity(sketches), rtol=0, atol=1e-12)
+    assert unit_columns(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_a_projection_of_unit_columns_keeps_the_column_similarity() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 300, generator=generator)
+    sketches = [base + 0.7 * torch.randn(40, 300, generator=generator) for _ in range(5)]
+    projection = column_projection(12_000, 2000, seed=3)
+    small = [compress(unit_columns(sketch), projection) for sketch in sketches]
+    error = flat_similarity(small) - column_similarity(sketches)
+    # One standard deviation is about 2000 ** -0.5 = 0.022.
+    assert float(error.abs().max()) < 0.08
+    assert float(error.abs().max()) > 0
