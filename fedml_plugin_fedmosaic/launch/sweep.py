@@ -15,6 +15,7 @@ from fedml_plugin_fedmosaic.core.errors import LaunchError
 from fedml_plugin_fedmosaic.core.registry import LAUNCHERS
 from fedml_plugin_fedmosaic.launch.base import (
     JOB_FILE,
+    LOG_FOLDER,
     STARTED_FILE,
     SUBMITTED_FILE,
     Job,
@@ -204,7 +205,8 @@ class SweepDriver:
             A run of the best configuration; None if none has a value.
 
         Raises:
-            LaunchError: the jobs could not be submitted, or optuna is not installed.
+            LaunchError: the jobs could not be submitted, a whole batch failed, or optuna is not
+                installed.
         """
         spec, grid = self.plan.spec, self.plan.space[0]
         samples = spec.samples or 0
@@ -214,9 +216,16 @@ class SweepDriver:
         points = [entry.point for entry in failed]
         self._refresh()
         self._submit([e for e in failed if e.needs_start], check_points(spec, points))
+        entries: list[Entry] = []
         while True:
             self.wait()
             self._score(score)
+            if entries and all(entry.value is None for entry in entries):
+                raise LaunchError(
+                    f"none of the last {len(entries)} runs has reached a result",
+                    hint=f"look into {self.folder / entries[0].folder / LOG_FOLDER}; the same "
+                    "command starts them again",
+                )
             trials = self.trials()
             count = min(places, samples - len(trials))
             batch = propose(grid, trials, count, seed=spec.sampler_seed, samples=samples)

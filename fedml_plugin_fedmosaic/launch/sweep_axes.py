@@ -54,10 +54,13 @@ class Range:
         if self.whole and not self.log:
             return rng.randint(int(self.low), int(self.high))
         if not self.log:
-            return _rounded(rng.uniform(self.low, self.high))
-        value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        value = min(max(value, self.low), self.high)
-        return round(value) if self.whole else _rounded(value)
+            return self.rounded(rng.uniform(self.low, self.high))
+        return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+
+    def rounded(self, value: float) -> float | int:
+        """A number as runs get it: inside the bounds, whole or with six significant digits."""
+        inside = min(max(value, self.low), self.high)
+        return round(inside) if self.whole else min(max(_rounded(inside), self.low), self.high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def propose(
     """
     optuna = _optuna()
     axes = tuple(axis for axis in grid if not axis.is_seed)
-    distributions = {axis.name: _distribution(optuna, axis) for axis in axes}
+    distributions = _distributions(axes)
     sampler = optuna.samplers.TPESampler(
         seed=derive_seed(seed, "tpe", len(trials)) % 2**32,
         n_startup_trials=min(_MAX_STARTUP, max(2, samples // 3)),
@@ -93,7 +93,7 @@ def propose(
     known = {_key(trial.labels) for trial in trials}
     found: list[dict[str, Any]] = []
     for _ in range(count):
-        labels = _ask(study, distributions, known) or _unused(axes, known)
+        labels = _ask(study, axes, known) or _unused(axes, known)
         if labels is None:
             break
         known.add(_key(labels))
@@ -101,11 +101,15 @@ def propose(
     return found
 
 
-def _ask(study: Any, distributions: Mapping[str, Any], known: set[str]) -> dict[str, Any] | None:
+def _ask(study: Any, axes: Sequence[Axis], known: set[str]) -> dict[str, Any] | None:
     for _ in range(_ASKS):
-        trial = study.ask(fixed_distributions=dict(distributions))
-        if _key(trial.params) not in known:
-            return dict(trial.params)
+        params = study.ask(fixed_distributions=_distributions(axes)).params
+        labels = {
+            axis.name: axis.range.rounded(params[axis.name]) if axis.range else params[axis.name]
+            for axis in axes
+        }
+        if _key(labels) not in known:
+            return labels
     return None
 
 
@@ -121,7 +125,12 @@ def _unused(axes: Sequence[Axis], known: set[str]) -> dict[str, Any] | None:
     return None
 
 
-def _distribution(optuna: Any, axis: Axis) -> Any:
+def _distributions(axes: Sequence[Axis]) -> dict[str, Any]:
+    return {axis.name: _distribution(axis) for axis in axes}
+
+
+def _distribution(axis: Axis) -> Any:
+    optuna = _optuna()
     bounds = axis.range
     if bounds is None:
         return optuna.distributions.CategoricalDistribution([x.label for x in axis.levels])

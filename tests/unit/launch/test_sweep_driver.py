@@ -270,8 +270,20 @@ def test_tpe_asks_in_batches_and_comes_closer_to_the_best(
     assert best is not None
     values = [trial.value for trial in sweep.trials()]
     assert len(values) == 18
+    assert all(
+        trial.labels["learning_rate"] == float(f"{trial.labels['learning_rate']:.6g}")
+        for trial in sweep.trials()
+    )
     assert rate(tmp_path / best.folder) == max(values)
     assert sum(values[9:]) / 9 > sum(values[:6]) / 6
+
+
+def test_tpe_stops_when_a_whole_batch_fails(tmp_path: Path, tpe_plan: SweepPlan) -> None:
+    sweep = driver(tmp_path, tpe_plan)
+    with pytest.raises(LaunchError, match="none of the last 4 runs") as caught:
+        sweep.optimise(lambda run_dir: None)
+    assert "logs" in str(caught.value.hint)
+    assert len(sweep.launcher.arrays) == 1
 
 
 def test_tpe_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, tpe_plan: SweepPlan) -> None:
