@@ -21,8 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fedml_plugin_fedmosaic.comm.codec import FLOAT_BYTES, Layout
-from fedml_plugin_fedmosaic.comm.exchange import Move
+from fedml_plugin_fedmosaic.comm.codec import FLOAT_BYTES, Layout, new_floats
+from fedml_plugin_fedmosaic.comm.exchange import Move, Scratch
 from fedml_plugin_fedmosaic.core.types import MixRow
 from fedml_plugin_fedmosaic.equations.mixing import TILE_COLUMNS, mix
 
@@ -174,15 +174,22 @@ class ChannelMixer:
         rank: this rank.
         vectors: this rank's own sources, float32 (D,) by client id.
         move: exchanges tensors with the other ranks.
+        scratch: room for received sources.
     """
 
     def __init__(
-        self, routes: Sequence[Route], rank: int, vectors: Mapping[int, Tensor], move: Move
+        self,
+        routes: Sequence[Route],
+        rank: int,
+        vectors: Mapping[int, Tensor],
+        move: Move,
+        scratch: Scratch,
     ) -> None:
         self._routes = routes
         self._rank = rank
         self._vectors = vectors
         self._move = move
+        self._scratch = scratch
         self._mixed: dict[int, tuple[Layout, Tensor]] = {}
 
     def run(self) -> dict[int, tuple[Layout, Tensor]]:
@@ -212,14 +219,19 @@ class ChannelMixer:
                 readers.setdefault(client, set()).update(route.readers)
                 layouts[client], owners[client] = route.group.layout, route.owners[client]
         found: dict[int, Tensor] = {}
-        sends, receives = [], []
+        absent = [
+            client
+            for client in sorted(readers)
+            if owners[client] != self._rank and self._rank in readers[client]
+        ]
+        room = self._scratch.take([layouts[client].numel for client in absent])
+        found.update(zip(absent, room, strict=True))
+        receives = [(owners[client], found[client]) for client in absent]
+        sends = []
         for client in sorted(readers):
             if owners[client] == self._rank:
                 found[client] = self._vectors[client]
                 sends += [(rank, found[client]) for rank in sorted(readers[client] - {self._rank})]
-            elif self._rank in readers[client]:
-                found[client] = torch.empty(layouts[client].numel)
-                receives.append((owners[client], found[client]))
         self._move(sends, receives)
         return found
 
@@ -228,6 +240,8 @@ class ChannelMixer:
         own = route.shares[self._rank]
         pieces: list[Tensor] = []
         sends, receives = [], []
+        foreign = sum(route.owners[client] != self._rank for client in route.group.sources)
+        room = iter(self._scratch.take([own.stop - own.start] * foreign))
         for client in route.group.sources:
             if route.owners[client] == self._rank:
                 vector = self._vectors[client]
@@ -236,7 +250,7 @@ class ChannelMixer:
                     if rank != self._rank:
                         sends.append((rank, vector[share]))
             else:
-                pieces.append(torch.empty(own.stop - own.start))
+                pieces.append(next(room))
                 receives.append((route.owners[client], pieces[-1]))
         self._move(sends, receives)
         return route.group.mix(pieces)
@@ -249,7 +263,7 @@ class ChannelMixer:
         for index, ranks in enumerate(route.receivers):
             sends += [(rank, mixed[index]) for rank in sorted(ranks - {self._rank})]
             if self._rank in ranks:
-                rows[index] = torch.empty(route.group.layout.numel)
+                rows[index] = new_floats(route.group.layout.numel)
                 rows[index][own] = mixed[index]
                 for rank, share in enumerate(route.shares):
                     if rank != self._rank:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedml_plugin_fedmosaic.comm.codec import Layout, decode_headers, encode_headers
 from fedml_plugin_fedmosaic.comm.exchange import (
     Parcels,
+    Scratch,
     catalogue_of,
     check_finite,
     check_plan,
@@ -73,6 +74,7 @@ class RankedCommunicator(ABC):
         self.moved_bytes = dict.fromkeys(STAGES, 0)
         self._headers: tuple[UpdateHeader, ...] = ()
         self._owners = owners
+        self._scratch = Scratch()
 
     @abstractmethod
     def _gather(self, payload: bytes) -> list[bytes]:
@@ -144,7 +146,8 @@ class RankedCommunicator(ABC):
         table = self._agree_on_sketches(kind, sketches, fresh)
         if not table.clients:
             return Relevance(clients=(), values=torch.zeros(0, 0, dtype=torch.float64))
-        values = reduce_similarity(table, self.rank, sketches, partial(self._move, "relevance"))
+        move = partial(self._move, "relevance")
+        values = reduce_similarity(table, self.rank, sketches, move, self._scratch)
         return Relevance(clients=table.clients, values=values)
 
     def execute(
@@ -170,7 +173,8 @@ class RankedCommunicator(ABC):
             layouts = {c: route.group.layout for route in routes for c in route.group.sources}
             own = self.owned(list(layouts))
             vectors = {client: layouts[client].pack(parts[client][channel]) for client in own}
-            mixer = ChannelMixer(routes, self.rank, vectors, partial(self._move, "mixing"))
+            move = partial(self._move, "mixing")
+            mixer = ChannelMixer(routes, self.rank, vectors, move, self._scratch)
             for client, (layout, vector) in mixer.run().items():
                 downlinks[client].update(layout.unpack(vector))
         return downlinks

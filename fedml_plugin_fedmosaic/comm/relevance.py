@@ -15,6 +15,7 @@ numbers are computed from the table of owners, and the smaller one is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fedml_plugin_fedmosaic.comm.exchange import Move
+from fedml_plugin_fedmosaic.comm.exchange import Move, Scratch
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.equations.relevance import (
     Similarity,
@@ -119,7 +120,11 @@ def sketch_problem(client: int, sketch: Tensor) -> str | None:
 
 
 def reduce_similarity(
-    table: SketchTable, rank: int, sketches: Mapping[int, Tensor], move: Move
+    table: SketchTable,
+    rank: int,
+    sketches: Mapping[int, Tensor],
+    move: Move,
+    scratch: Scratch,
 ) -> Tensor:
     """The similarities of all clients, on every rank.
 
@@ -128,6 +133,7 @@ def reduce_similarity(
         rank: this rank.
         sketches: those that this rank holds, float32, by client id.
         move: exchanges tensors with the other ranks.
+        scratch: room for slices of sketches.
 
     Returns:
         (clients, clients) float64, NaN between two different clients that are both not fresh.
@@ -135,7 +141,7 @@ def reduce_similarity(
     Raises:
         PlanError: a fresh sketch is not finite.
     """
-    run = _Reduction(table, rank, sketches, move)
+    run = _Reduction(table, rank, sketches, move, scratch)
     sums = run.by_columns() if table.by_columns else run.by_rows()
     count = len(table.clients)
     total = torch.full((count, count), float("nan"), dtype=torch.float64)
@@ -150,12 +156,18 @@ class _Reduction:
     """One reduction on one rank. Sums are (fresh + 1, clients): fresh rows, then the diagonal."""
 
     def __init__(
-        self, table: SketchTable, rank: int, sketches: Mapping[int, Tensor], move: Move
+        self,
+        table: SketchTable,
+        rank: int,
+        sketches: Mapping[int, Tensor],
+        move: Move,
+        scratch: Scratch,
     ) -> None:
         self.table = table
         self.rank = rank
         self.sketches = [sketches.get(client) for client in table.clients]
         self.move = move
+        self.scratch = scratch
         self.fresh = torch.tensor(table.fresh, dtype=torch.int64)
 
     def empty_sums(self) -> Tensor:
@@ -220,30 +232,34 @@ class _Reduction:
             This rank's segment of every sketch; zeros where it is neither held nor received; None
             if this rank has no segment.
         """
-        table, rows = self.table, self.table.shape[0]
+        table, rows, own = self.table, self.table.shape[0], jobs[self.rank]
         held = table.held(self.rank, senders)
-        sends = []
-        if held:
-            packed: dict[int, Tensor] = {}
-            for rank, job in enumerate(jobs):
-                if rank != self.rank and job is not None:
-                    if job.start not in packed:
-                        packed[job.start] = torch.stack([*self._columns(held, job)])
-                    sends.append((rank, packed[job.start]))
-        own = jobs[self.rank]
-        received = []
+        others = [rank for rank in range(table.size) if rank != self.rank]
+        # A segment that several ranks compute is packed once.
+        wanted = {job.start: job for rank in others if (job := jobs[rank]) is not None}
+        outgoing = list(wanted.values()) if held else []
+        shapes = [(len(held), rows, job.stop - job.start) for job in outgoing]
+        incoming: list[tuple[int, list[int]]] = []
         if own is not None:
-            for rank in range(table.size):
-                count = len(table.held(rank, senders))
-                if rank != self.rank and count:
-                    received.append((rank, torch.empty(count, rows, own.stop - own.start)))
-        self.move(sends, received)
+            positions = [(rank, table.held(rank, senders)) for rank in others]
+            incoming = [(rank, theirs) for rank, theirs in positions if theirs]
+            shapes += [(len(theirs), rows, own.stop - own.start) for _, theirs in incoming]
+        room = self.scratch.take([math.prod(shape) for shape in shapes])
+        views = [vector.view(shape) for vector, shape in zip(room, shapes, strict=True)]
+        packed, filled = views[: len(outgoing)], views[len(outgoing) :]
+        for job, view in zip(outgoing, packed, strict=True):
+            torch.stack([*self._columns(held, job)], out=view)
+        by_start = {job.start: view for job, view in zip(outgoing, packed, strict=True)}
+        self.move(
+            [(r, by_start[job.start]) for r in others if held and (job := jobs[r]) is not None],
+            [(rank, view) for (rank, _), view in zip(incoming, filled, strict=True)],
+        )
         if own is None:
             return None
         nothing = torch.zeros(1, 1).expand(rows, own.stop - own.start)
         pieces = [nothing if s is None else s[:, own] for s in self.sketches]
-        for rank, values in received:
-            for position, piece in zip(table.held(rank, senders), values, strict=True):
+        for (_, theirs), view in zip(incoming, filled, strict=True):
+            for position, piece in zip(theirs, view, strict=True):
                 pieces[position] = piece
         return pieces
 

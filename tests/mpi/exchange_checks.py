@@ -18,7 +18,7 @@ from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow
 from fedml_plugin_fedmosaic.equations.mixing import TILE_COLUMNS
 
 MANY = 36  # clients: more than a tile of the similarity, divisible by 1, 2, 3 and 4 ranks
-SHAPE = (24, 2100)  # of a sketch: several column segments, the last one narrower
+SHAPE = (24, 840)  # of a sketch: several column segments, the last one narrower
 FEW = 12
 LENGTH = FEW * TILE_COLUMNS  # of a vector: whole tiles for every rank
 
@@ -53,8 +53,8 @@ def relevance(comm: MPICommunicator) -> int:
     ways: set[str] = set()
     compared = 0
     sketch_bytes = 4 * SHAPE[0] * SHAPE[1]
-    for kind in ("columns", "flat"):
-        for fresh in (list(everyone), [3], [0, 7, 33]):
+    for kind, cases in (("columns", (list(everyone), [0, 7, 33])), ("flat", (list(everyone), [3]))):
+        for fresh in cases:
             comm.exchange_headers([])
             got = comm.relevance(kind, own, fresh)
             expected = LocalCommunicator().relevance(kind, sketches, fresh)
@@ -161,7 +161,7 @@ def _one_receiver(size: int, vector: int) -> int:
 def mixing(comm: MPICommunicator) -> int:
     """Same bits as one process and the bytes of the formula; returns how many were compared."""
     compared = 0
-    for length in (LENGTH, 2 * TILE_COLUMNS + 77, 5):
+    for length in (LENGTH, TILE_COLUMNS + 77):
         uploads = _uploads(length)
         own = {client: uploads[client] for client in comm.owned(range(FEW))}
         catalogue: dict[int, dict[str, Layout]] = catalogue_of(uploads)

@@ -106,7 +106,7 @@ def main() -> None:
     # Client 0 moves to the last rank: who owns what changes nothing either.
     last = reference.size - 1
     owners = {client: last - client % reference.size for client in range(exchange_checks.MANY)}
-    moved = MPICommunicator(owners=owners, piece_bytes=4 * 1001)
+    moved = MPICommunicator(owners=owners, piece_bytes=4 * 10_001)
     exchange_checks.owners_do_not_matter(moved)
     sys.stdout.write(f"agree rank={comm_rank()} compared={sum(counts)}\n")
 
