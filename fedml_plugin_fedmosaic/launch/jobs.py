@@ -29,7 +29,7 @@ from fedml_plugin_fedmosaic.launch.resources import default_resources, het_compo
 from fedml_plugin_fedmosaic.launch.status import RunStatus, read_status
 
 _MODULE = "fedml_plugin_fedmosaic"
-_LABEL = re.compile(r"^\s*(?:(\d+)|\[[^\],]*,(\d+)\]<std(?:out|err)>): ?")
+_LABEL = re.compile(r"^\s*(?:(\d+)|\[[^\],]*,(\d+)\]<std(?:out|err)>):(?: |$)")
 
 
 def job_spec(experiment: Experiment, run_dir: Path, name: str | None = None) -> JobSpec:

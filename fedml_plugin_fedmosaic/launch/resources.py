@@ -21,7 +21,8 @@ _LOADING = 1.25
 _SMALL_PARAMETERS = 0.1e9
 _UNKNOWN_PARAMETERS = 8e9
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SIZE = re.compile(r"(?<![\w.])(\d+(?:[._]\d+)?)\s*([bBmM])(?![a-zA-Z0-9])")
+_SEPARATORS = str.maketrans("-_/", "   ")
+_SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z0-9])")
 
 
 def parameters_of(name: str, spec: ModelSpec) -> float:
@@ -34,10 +35,10 @@ def parameters_of(name: str, spec: ModelSpec) -> float:
     if spec.path.startswith("bundled:"):
         return _SMALL_PARAMETERS
     for text in (spec.size or "", spec.path.rpartition("/")[2], name):
-        found = _SIZE.search(text.replace("-", " ").replace("/", " "))
+        found = _SIZE.search(text.translate(_SEPARATORS))
         if found:
             unit = 1e9 if found[2] in "bB" else 1e6
-            return float(found[1].replace("_", ".")) * unit
+            return float(found[1]) * unit
     return _UNKNOWN_PARAMETERS
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,13 @@ from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.base import ModelInfo, ShouldStop
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
-from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES
+from fedml_plugin_fedmosaic.launch.allocation import check_shared, gpu_of_rank
+from fedml_plugin_fedmosaic.launch.base import STARTED_FILE
 from fedml_plugin_fedmosaic.launch.env import world
 from fedml_plugin_fedmosaic.launch.topology import Topology
 from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.evaluation import BASE, evaluate_base
+from fedml_plugin_fedmosaic.runtime.folder import claim_run_dir
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
 from fedml_plugin_fedmosaic.runtime.journal import known_scores, rank_file, settle
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
@@ -50,6 +52,7 @@ from fedml_plugin_fedmosaic.runtime.resume import (
 )
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.setup import (
+    check_clients,
     choose_proxy,
     load_bundles,
     needed_models,
@@ -77,22 +80,7 @@ class RunSummary:
     train_s: float
 
 
-def _check_clients(experiment: Experiment, data: FederatedData) -> None:
-    total = experiment.train.client_num_in_total
-    if total is not None and total != len(data.clients):
-        raise ConfigError(
-            f"train_args.client_num_in_total is {total}, but the scenario {data.name} has "
-            f"{len(data.clients)} clients",
-            hint="leave the key out to take the scenario's number",
-        )
-    drawn = experiment.train.client_num_per_round
-    if drawn is not None and drawn > len(data.clients):
-        raise ConfigError(
-            f"train_args.client_num_per_round is {drawn}, but there are {len(data.clients)} clients"
-        )
-
-
-def _device(experiment: Experiment) -> torch.device:
+def _device(experiment: Experiment, world_size: int) -> torch.device:
     if not experiment.device.using_gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -100,41 +88,14 @@ def _device(experiment: Experiment) -> torch.device:
             "device_args.using_gpu is true, but torch sees no CUDA device",
             hint="set using_gpu: false, or start the job on a node with a GPU",
         )
-    if experiment.device.gpu_id >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device_args.gpu_id is {experiment.device.gpu_id}, but torch sees "
-            f"{torch.cuda.device_count()} CUDA device(s), numbered from 0"
-        )
-    return torch.device("cuda", experiment.device.gpu_id)
+    visible = torch.cuda.device_count()
+    return torch.device("cuda", gpu_of_rank(visible, experiment.device.gpu_id, world_size))
 
 
 def strategies_of(experiment: Experiment) -> tuple[str, ...]:
     """Names of the strategies of a run, in the order they run; the main one is last."""
     compare = [name for name in experiment.evaluation.compare if name != experiment.algo]
     return (*dict.fromkeys(compare), experiment.algo)
-
-
-def _is_free(folder: Path) -> bool:
-    """Whether nothing is in a folder but what a launcher puts there before the run starts."""
-    return folder.is_dir() and all(path.name in LAUNCH_FILES for path in folder.iterdir())
-
-
-def _claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
-    if run_dir is None and experiment.run.name is not None:
-        run_dir = Path(experiment.run.root) / experiment.run.name
-    if run_dir is not None:
-        if run_dir.exists() and not _is_free(run_dir):
-            raise ConfigError(
-                f"the run folder {run_dir} exists and is not an empty folder",
-                hint="choose another --run-dir; results are never overwritten",
-            )
-        return run_dir
-    root = Path(experiment.run.root)
-    stem = f"{experiment.algo}-{experiment.data.source}"
-    number = 1
-    while (root / f"{stem}-{number:03d}").exists():
-        number += 1
-    return root / f"{stem}-{number:03d}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -226,6 +187,7 @@ class PreparedRun:
         started = time.perf_counter()
         comm = self._communicator()
         together(comm, lambda: self._open_folder(comm) if comm.rank == 0 else None)
+        together(comm, lambda: check_shared(self.run_dir, comm.rank, STARTED_FILE))
         metrics = JsonLines(rank_file(self.run_dir, comm.rank), everything=comm.rank == 0)
         life = Life(
             run_dir=self.run_dir,
@@ -348,6 +310,7 @@ def prepare_run(
     ranks: int | None = None,
     resume: bool = False,
     from_round: int | None = None,
+    announce: Callable[[Topology], None] | None = None,
 ) -> PreparedRun:
     """Loads data and models and checks that every strategy can run; writes no run folder.
 
@@ -363,6 +326,7 @@ def prepare_run(
             result can be described, not executed. None: the ranks of this job.
         resume: go on with the run in ``run_dir``.
         from_round: with ``resume``: rounds to keep of the strategy that is not finished.
+        announce: told which ranks train which clients, before any model is loaded.
 
     Raises:
         ConfigError: configuration, scenario and models do not fit together, or the clients need
@@ -379,19 +343,21 @@ def prepare_run(
         build_strategy(name, experiment)
     if experiment.device.num_threads is not None:
         torch.set_num_threads(experiment.device.num_threads)
-    device = _device(experiment)
+    device = _device(experiment, world_size if ranks is None else 1)
     data = DATASETS[experiment.data.source](experiment.data)
-    _check_clients(experiment, data)
+    check_clients(experiment, data)
     models = used_models(experiment, data)
     outlines = outline_models(models)
     proxy = choose_proxy(experiment, outlines)
     topology = plan_ranks(experiment, data, outlines, world_size)
+    if announce is not None:
+        announce(topology)
     comm = open_communicator(experiment, topology) if ranks is None else LocalCommunicator()
 
     # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
     def claim() -> Path | None:
         if not resume:
-            return _claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
+            return claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
         if run_dir is None:
             raise ConfigError("a run is resumed from its folder, but none is given")
         check_rounds(run_dir, experiment, data)
