@@ -173,10 +173,12 @@ def check_identity(folder: Path, known: Mapping[str, Any], asked: Mapping[str, A
     differences = list(_differences("", known, json.loads(json.dumps(asked))))
     if differences:
         rest = len(differences) - _MAX_SHOWN
-        lines = differences[:_MAX_SHOWN] + ([f"... and {rest} more"] if rest > 0 else [])
-        head = f"{folder} holds another sweep:"
+        lines = [f"{folder / MANIFEST_FILE}: {text}" for text in differences[:_MAX_SHOWN]]
+        if rest > 0:
+            lines.append(f"... and {rest} more")
         raise ConfigError(
-            "\n".join([head, *lines]), hint="choose another --dir, or ask for the same sweep again"
+            "\n".join(lines),
+            hint="the folder holds another sweep: choose another --dir, or ask for the same again",
         )
 
 

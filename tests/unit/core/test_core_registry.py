@@ -9,11 +9,12 @@ from fedml_plugin_fedmosaic.core.registry import (
     ADAPTERS,
     COMMUNICATORS,
     DATASETS,
+    SOURCES,
     STRATEGIES,
     Registry,
 )
 
-SHELVES = [STRATEGIES, ADAPTERS, DATASETS, COMMUNICATORS]
+SHELVES = [STRATEGIES, ADAPTERS, DATASETS, SOURCES, COMMUNICATORS]
 
 
 def test_a_member_is_imported_on_first_use_only() -> None:

@@ -144,11 +144,14 @@ def test_the_same_sweep_is_known_again_and_another_one_named(cf: Path, tmp_path:
     )
     with pytest.raises(ConfigError) as caught:
         check_identity(tmp_path / "s", known.identity, other.identity())
-    assert caught.value.message.splitlines()[1:] == [
-        "grid.temperature: there [0.1, 0.5], asked for [0.1]",
-        "grid.seed: there [1, 2], asked for nothing",
-        "grid.rank: there nothing, asked for [4]",
-        "base.train.comm_round: there 2, asked for 3",
+    assert caught.value.message.splitlines() == [
+        f"{tmp_path / 's/sweep.json'}: {text}"
+        for text in (
+            "grid.temperature: there [0.1, 0.5], asked for [0.1]",
+            "grid.seed: there [1, 2], asked for nothing",
+            "grid.rank: there nothing, asked for [4]",
+            "base.train.comm_round: there 2, asked for 3",
+        )
     ]
 
 
