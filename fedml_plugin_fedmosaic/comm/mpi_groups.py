@@ -19,6 +19,7 @@ from torch import Tensor
 from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.comm.codec import Layout, decode_headers, encode_headers
 from fedml_plugin_fedmosaic.comm.mpi import MPICommunicator
+from fedml_plugin_fedmosaic.comm.ranked import STAGES
 from fedml_plugin_fedmosaic.comm.rendezvous import free_port, reachable_address
 from fedml_plugin_fedmosaic.core.errors import CommError, FedMosaicError, PlanError
 from fedml_plugin_fedmosaic.core.types import (
@@ -82,7 +83,7 @@ class GroupCommunicator:
         self.is_leader = self.group_rank == 0
         self.uplink_bytes: dict[int, int] = {}
         self.downlink_bytes: dict[int, int] = {}
-        self.moved_bytes: dict[str, int] = {}
+        self.moved_bytes = dict.fromkeys(STAGES, 0)
         self._owners = dict(owners)
         self._piece_bytes = piece_bytes
         self._split(world, between)

@@ -42,6 +42,15 @@ def compare(comm: GroupCommunicator, owned: tuple[int, ...]) -> int:
     expected = local.exchange_headers(headers)
     check([h.client_id for h in got] == [h.client_id for h in expected], "headers")
     compared = 0
+    sketches = {i: toy_sketch(i, 1, 6, 40) for i in range(NUM_CLIENTS)}
+    held = {i: sketches[i] for i in owned} if comm.is_leader else {}
+    for fresh in (list(range(NUM_CLIENTS)), [2]):
+        relevance = comm.relevance("columns", held, fresh)
+        whole = local.relevance("columns", sketches, fresh)
+        check(relevance.clients == whole.clients, "clients of the relevance")
+        bits = whole.values.view(torch.int64)
+        check(torch.equal(relevance.values.view(torch.int64), bits), "bits of the relevance")
+    check(comm.relevance("columns", {}, []).clients == (), "relevance of nobody")
     for seed in range(4):
         plan, uploads = random_plan(NUM_CLIENTS, seed), random_uploads(NUM_CLIENTS, seed)
         reference = local.execute(plan, uploads)
