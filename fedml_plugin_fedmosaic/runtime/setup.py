@@ -34,6 +34,26 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def check_clients(experiment: Experiment, data: FederatedData) -> None:
+    """Whether the numbers of clients in the configuration are the scenario's.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    total = experiment.train.client_num_in_total
+    if total is not None and total != len(data.clients):
+        raise ConfigError(
+            f"train_args.client_num_in_total is {total}, but the scenario {data.name} has "
+            f"{len(data.clients)} clients",
+            hint="leave the key out to take the scenario's number",
+        )
+    drawn = experiment.train.client_num_per_round
+    if drawn is not None and drawn > len(data.clients):
+        raise ConfigError(
+            f"train_args.client_num_per_round is {drawn}, but there are {len(data.clients)} clients"
+        )
+
+
 def used_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelSpec]:
     """The models that the scenario and the sketches use, by name.
 

@@ -124,6 +124,8 @@ def test_all_options_arrive(extended):
             "backend": "sp",
             "overrides": "('train_args.comm_round=2', 'optim_args.optim.num_steps=3')",
             "run_dir": "out",
+            "resume": "None",
+            "from_round": "None",
             "ranks": "None",
             "dry_run": "True",
             "debug": "True",
