@@ -301,6 +301,43 @@ class PreparedRun:
         ]
 
 
+def _agree_on_folder(
+    comm: Communicator,
+    experiment: Experiment,
+    data: FederatedData,
+    run_dir: Path | None,
+    *,
+    resume: bool,
+) -> Path:
+    """The run folder, the same on all ranks."""
+
+    # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
+    def claim() -> Path | None:
+        if not resume:
+            return claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
+        if run_dir is None:
+            raise ConfigError("a run is resumed from its folder, but none is given")
+        check_rounds(run_dir, experiment, data)
+        return run_dir
+
+    return Path(comm.share(str(together(comm, claim)))[0])
+
+
+def _check_strategies(
+    names: Sequence[str],
+    experiment: Experiment,
+    data: FederatedData,
+    bundles: Mapping[str, ModelBundle],
+    comm: Communicator,
+) -> None:
+    for name in names:
+        try:
+            StrategyRun.check(name, experiment, data, bundles, comm)
+        except FedMosaicError as error:
+            error.add_note(f"while checking strategy {name!r}")
+            raise
+
+
 def prepare_run(
     experiment: Experiment,
     run_dir: Path | None = None,
@@ -353,25 +390,10 @@ def prepare_run(
     if announce is not None:
         announce(topology)
     comm = open_communicator(experiment, topology) if ranks is None else LocalCommunicator()
-
-    # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
-    def claim() -> Path | None:
-        if not resume:
-            return claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
-        if run_dir is None:
-            raise ConfigError("a run is resumed from its folder, but none is given")
-        check_rounds(run_dir, experiment, data)
-        return run_dir
-
-    chosen_dir = Path(comm.share(str(together(comm, claim)))[0])
+    chosen_dir = _agree_on_folder(comm, experiment, data, run_dir, resume=resume)
     needed = needed_models(data, comm, names, proxy)
     bundles = load_bundles(experiment, data, comm, device, needed, proxy, names)
-    for name in names:
-        try:
-            StrategyRun.check(name, experiment, data, bundles, comm)
-        except FedMosaicError as error:
-            error.add_note(f"while checking strategy {name!r}")
-            raise
+    _check_strategies(names, experiment, data, bundles, comm)
     prepared = PreparedRun(
         experiment=experiment,
         data=data,
