@@ -37,6 +37,9 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = write_world(folder)
+        # Another number of threads may change the last bits of a product.
+        text = self.config.read_text()
+        self.config.write_text(f"{text}device_args: {{num_threads: 1}}\n")
 
     def submit(self, name: str, *options: str, config: Path | None = None) -> Path:
         """``fedmosaic submit`` with little memory; returns the run folder."""

@@ -9,6 +9,7 @@ from fedml_plugin_fedmosaic.core.registry import (
     ADAPTERS,
     COMMUNICATORS,
     DATASETS,
+    LAUNCHERS,
     SOURCES,
     STRATEGIES,
     Registry,
