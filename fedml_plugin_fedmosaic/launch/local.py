@@ -35,6 +35,8 @@ from fedml_plugin_fedmosaic.launch.status import (
 NAME = "local"
 LOG_NAME = "job.log"
 _GRACE_S = 10.0
+_CHILDREN: list[subprocess.Popen[bytes]] = []
+"""Processes that may outlive their job's object; kept so that Python does not warn of them."""
 
 
 def command_of(spec: JobSpec) -> tuple[str, ...]:
@@ -244,6 +246,8 @@ def _start(job: LocalJob, spec: JobSpec) -> None:
         script = "\n".join((*spec.setup, 'exec "$@"'))
         command = ["bash", "-eu", "-c", script, "bash", *command]
     variables = {
+        # Open MPI gives its ranks a terminal of its own, whatever its output goes to.
+        "TTY_COMPATIBLE": "0",
         **os.environ,
         **spec.environment,
         INCARNATION_VARIABLE: f"{job.id}.0",
@@ -262,6 +266,8 @@ def _start(job: LocalJob, spec: JobSpec) -> None:
             )
     except OSError as error:
         raise LaunchError(f"job {spec.name!r}: cannot start {command[0]!r}: {error}") from error
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+    _CHILDREN.append(process)
     job.started(process)
 
 

@@ -15,7 +15,7 @@ from fedml_plugin_fedmosaic.core.registry import (
     Registry,
 )
 
-SHELVES = [STRATEGIES, ADAPTERS, DATASETS, SOURCES, COMMUNICATORS]
+SHELVES = [STRATEGIES, ADAPTERS, DATASETS, SOURCES, COMMUNICATORS, LAUNCHERS]
 
 
 def test_a_member_is_imported_on_first_use_only() -> None:
