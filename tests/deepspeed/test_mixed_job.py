@@ -17,9 +17,9 @@ from fedml_plugin_fedmosaic.config.loader import load_experiment
 from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 from fedml_plugin_fedmosaic.runtime.treefile import load_tree
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.mpi(4)]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.mpi(4), pytest.mark.timeout(600)]
 
-TIME_LIMIT_S = 240
+TIME_LIMIT_S = 480
 ROUNDS = 3
 TOLERANCE = 1e-4
 FILES = Path(__file__).parents[2] / "configs/deepspeed"
