@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 )
 @job_options
 @click.option("--dry-run", is_flag=True, help="Print the job (and its script), submit nothing.")
+@click.option(
+    "--scripts",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write hand-run scripts (DIR/slurm) and configurations (DIR/configs), submit nothing.",
+)
 @debug_option
 def command(
     *,
@@ -35,6 +41,7 @@ def command(
     backend: str | None,
     run_dir: Path | None,
     dry_run: bool,
+    scripts: Path | None,
     **options: str | int | float | bool | None,
 ) -> None:
     """Start a run as a job of a cluster, and return at once.
@@ -47,11 +54,17 @@ def command(
       fedmosaic submit --cf configs/drake/small.yaml --partition gpu --account me
       fedmosaic submit --cf mine.yaml --time 2:00:00 --chain 5 --set comm_round=20
       fedmosaic submit --cf mine.yaml --dry-run > job.sbatch
+      fedmosaic submit --scripts .
       fedmosaic submit --launcher local --set comm_round=1
     """
     from fedml_plugin_fedmosaic.config.loader import load_experiment
     from fedml_plugin_fedmosaic.launch.jobs import job_spec, new_run_dir, submit
+    from fedml_plugin_fedmosaic.launch.recipes import write_recipes
 
+    if scripts is not None:
+        for path in write_recipes(scripts):
+            click.echo(path)
+        return
     experiment = load_experiment(
         cf, (*overrides, *as_overrides(options)), algo=algo, backend=backend
     )

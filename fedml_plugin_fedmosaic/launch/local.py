@@ -145,6 +145,7 @@ class LocalJob:
         return int(text) if text else None
 
     def _alive(self) -> bool:
+        _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
         if self._process is not None:
             return self._process.poll() is None
         pid = self._pid()
@@ -266,7 +267,6 @@ def _start(job: LocalJob, spec: JobSpec) -> None:
             )
     except OSError as error:
         raise LaunchError(f"job {spec.name!r}: cannot start {command[0]!r}: {error}") from error
-    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
     _CHILDREN.append(process)
     job.started(process)
 

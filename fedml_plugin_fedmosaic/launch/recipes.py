@@ -1,16 +1,16 @@
 """The hand-run scripts in ``slurm/``: the launcher's own text with a block for the user.
 
-``python -m fedml_plugin_fedmosaic.launch.recipes FOLDER`` writes them; a test keeps both equal.
+``fedmosaic submit --scripts FOLDER`` writes them; a test keeps those of the repository equal.
 """
 
 from __future__ import annotations
 
-import sys
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedml_plugin_fedmosaic.config.loader import load_experiment
+from fedml_plugin_fedmosaic.config.loader import bundled_config, load_experiment
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.launch.base import Component
 from fedml_plugin_fedmosaic.launch.resources import default_resources, het_components
@@ -206,16 +206,21 @@ def _target(name: str, recipe: Recipe) -> list[str]:
     ]
 
 
-def write_recipes(folder: Path, configs: Path) -> list[Path]:
-    """Writes every script; returns the files."""
+def write_recipes(folder: Path) -> list[Path]:
+    """Writes ``slurm/*.sh`` and, where there is none yet, ``configs/`` into a folder.
+
+    Returns:
+        The scripts.
+    """
+    bundled = bundled_config().parent
+    configs = folder / "configs"
+    if not configs.exists():
+        shutil.copytree(bundled, configs)
     files = []
+    (folder / "slurm").mkdir(parents=True, exist_ok=True)
     for name in RECIPES:
-        path = folder / f"{name}.sh"
-        path.write_text(render_recipe(name, configs), encoding="utf-8")
+        path = folder / "slurm" / f"{name}.sh"
+        path.write_text(render_recipe(name, bundled), encoding="utf-8")
         path.chmod(0o755)
         files.append(path)
     return files
-
-
-if __name__ == "__main__":
-    write_recipes(Path(sys.argv[1]), Path("configs"))

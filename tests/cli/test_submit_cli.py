@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_a_cluster_that_does_not_answer(tmp_path, slurm):
     assert listed.exit_code == 0
     assert "UNKNOWN" in listed.output
     assert "Unable to contact" in listed.output
+
+
+def test_scripts_come_with_the_package(tmp_path):
+    done = call("submit", "--scripts", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    names = {path.name for path in (tmp_path / "slurm").iterdir()}
+    assert {"quickstart_cpu.sh", "drake_large.sh"} <= names
+    for path in (tmp_path / "slurm").iterdir():
+        (config,) = re.findall(r"CONFIG:-(\S+)}", path.read_text())
+        assert (tmp_path / config).is_file()
 
 
 def test_no_jobs(tmp_path):

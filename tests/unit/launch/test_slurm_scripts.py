@@ -66,7 +66,7 @@ def test_recorded_scripts(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_hand_run_scripts_are_what_the_launcher_renders(name):
-    hint = "run: python -m fedml_plugin_fedmosaic.launch.recipes slurm"
+    hint = "run: fedmosaic submit --scripts ."
     assert (ROOT / "slurm" / f"{name}.sh").read_text() == render_recipe(name, ROOT / "configs"), (
         hint
     )
