@@ -46,7 +46,8 @@ go_on=("${python[@]}" -m fedml_plugin_fedmosaic run --resume "$RUN_DIR")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 # srun no longer takes the cores per task from sbatch (since Slurm 22.05).
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-export PYTHONUNBUFFERED=1
+# mpirun gives its ranks a terminal, whatever their output goes to.
+export PYTHONUNBUFFERED=1 TTY_COMPATIBLE="${TTY_COMPATIBLE:-0}"
 # Compute nodes may have no internet: what is not in the cache is an error at once, not a wait.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 

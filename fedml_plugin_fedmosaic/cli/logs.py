@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,17 @@ def command(ctx: click.Context, *, run: Path, follow: bool, rank: int | None) ->
       fedmosaic logs runs/fedmosaic-drake-001 --follow
       fedmosaic logs runs/fedmosaic-drake-001 --rank 3
     """
+    try:
+        code = _show_all(run, follow=follow, rank=rank)
+    except BrokenPipeError:
+        # Whoever reads (head, less) has seen enough; Python must not complain at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    ctx.exit(code)
+
+
+def _show_all(run: Path, *, follow: bool, rank: int | None) -> int:
+    """Prints the job's logs; returns the exit code."""
     from fedml_plugin_fedmosaic.launch.base import JobStatus
     from fedml_plugin_fedmosaic.launch.jobs import attach
 
@@ -48,9 +60,10 @@ def command(ctx: click.Context, *, run: Path, follow: bool, rank: int | None) ->
         looks += 1
         if looks % _STATUS_EVERY == 0:
             status = job.status()
-    if follow:
-        click.echo(f"job {job.id} is {status.value}", err=True)
-        ctx.exit(0 if status is JobStatus.COMPLETED else 1)
+    if not follow:
+        return 0
+    click.echo(f"job {job.id} is {status.value}", err=True)
+    return 0 if status is JobStatus.COMPLETED else 1
 
 
 def _show(path: Path, start: int, rank: int | None) -> int:

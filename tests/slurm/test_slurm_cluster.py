@@ -142,6 +142,31 @@ def test_a_run_that_fails_is_failed(cluster):
     assert "nowhere" in table
 
 
+def test_ranks_that_do_not_find_each_other_are_an_error(cluster):
+    run_dir = cluster.submit("alone", "--ranks", "2", "--mpi", "none")
+    assert cluster.job(run_dir).wait(WAIT_S) is JobStatus.FAILED
+    log = cluster.log(run_dir)
+    assert "launcher and MPI library do not belong together" in log
+    assert "srun --mpi=list" in log
+    said = read_status(run_dir)
+    assert said is not None
+    assert said.exit_code == 6
+
+
+def test_a_preempted_run_goes_on_later(cluster):
+    run_dir = cluster.submit("preempted", "--nodes", "2", "--ranks", "2", *LONG)
+    job_id = read_record(run_dir).ids[0]
+    cluster.wait_started(run_dir, f"{job_id}.0")
+    cluster.command(
+        *("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--mem=0"),
+        *("--output=high.out", "--wrap=sleep 10"),
+    )
+    cluster.wait_for(lambda: "queueing again" in cluster.log(run_dir), run_dir)
+    assert cluster.job(run_dir).status() in (JobStatus.PENDING, JobStatus.RUNNING)
+    cluster.wait_started(run_dir, f"{job_id}.1")
+    assert cluster.job(run_dir).wait(WAIT_S) is JobStatus.COMPLETED, cluster.log(run_dir)
+
+
 def test_a_drained_node_ends_no_run_and_a_lost_one_moves_it(cluster):
     run_dir = cluster.submit("moved", "--nodes", "2", "--ranks", "2", *LONG)
     job_id = read_record(run_dir).ids[0]
@@ -160,9 +185,8 @@ def test_a_drained_node_ends_no_run_and_a_lost_one_moves_it(cluster):
         cluster.wait_for(lambda: any(run_dir.glob("checkpoints/*/round-*.json")), run_dir)
         cluster.command(*update, "state=down")
         cluster.wait_started(run_dir, f"{job_id}.1")
-        assert lost not in cluster.command(
-            "squeue", "--noheader", "--jobs", job_id, "--format=%N"
-        ).replace("[", "").replace("]", "")
+        second = cluster.command("squeue", "--noheader", "--jobs", job_id, "--format=%N").strip()
+        assert lost not in cluster.command("scontrol", "show", "hostnames", second).split()
         assert cluster.job(run_dir).wait(WAIT_S) is JobStatus.COMPLETED, cluster.log(run_dir)
     finally:
         cluster.command("scontrol", "update", f"nodename={lost}", "state=resume")
