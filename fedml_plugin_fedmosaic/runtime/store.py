@@ -226,6 +226,8 @@ class CheckpointStore:
 
     def _clean_up(self) -> None:
         kept = self.rounds()
+        if not kept:
+            return
         used: set[str] = set()
         try:
             for round_idx in kept[-self.keep_last :]:
@@ -249,6 +251,8 @@ class CheckpointStore:
             summary: JSON values for :meth:`finished`.
         """
         if self.rank == 0:
+            # A process killed while it cleaned up after the last round has left old files.
+            self._clean_up()
             payload = {"format": FORMAT_VERSION, "num_rounds": self._num_rounds, **summary}
             write_atomic(self.folder / _FINISHED, json.dumps(payload, indent=1).encode())
 

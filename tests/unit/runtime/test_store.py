@@ -163,6 +163,21 @@ def test_a_client_of_an_unfinished_round_counts_in_the_next_commit(tmp_path: Pat
     assert values == {0: 5.0, 1: 6.0}
 
 
+def test_what_a_kill_during_the_clean_up_left_goes_with_the_end(tmp_path: Path) -> None:
+    store = _store(tmp_path, keep_last=1)
+    _save(store, 0, {0: 1.0})
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    _save(store, 1, {0: 2.0})
+    expected = {path.name for path in tmp_path.iterdir()} | {"finished.json"}
+    for name, payload in old.items():
+        (tmp_path / name).write_bytes(payload)
+    resumed = _store(tmp_path, keep_last=1)
+    resumed.load()
+    resumed.finish({"train_s": 1.0})
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert list(resumed.rounds()) == [1]
+
+
 def test_only_the_leader_writes(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "s", keep_last=1, rank=1, writes=False)
     _save(store, 0, {0: 1.0})
