@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ _WARM_UP = 0.1
 
 class NonFiniteLossError(RuntimeError):
     """A training loss became infinite or not a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Losses (on the device) and supervised tokens of the steps of one call."""
+
+    losses: list[Tensor]
+    num_tokens: int
+    stopped: bool
 
 
 class TorchEngine:
@@ -169,10 +179,48 @@ class TorchEngine:
         optimizer = self._start(pass_, adapter, moments, progress)
         done = 0 if progress is None else len(progress.losses)
         self._prefetch(batches[done:])
+        run = self._steps(
+            pass_, batches, optimizer, done, seed=seed, on_step=on_step, should_stop=should_stop
+        )
+        optimizer.zero_grad(set_to_none=True)
+        self.adapter.model.eval()
+        values = torch.stack(run.losses).tolist() if run.losses else []
+        for step, value in enumerate(values, start=done):
+            self._raise_unless_finite(value, step, len(batches))
+        duration_s = time.perf_counter() - started
+        num_tokens = run.num_tokens
+        if progress is not None:
+            values = [*progress.losses, *values]
+            num_tokens += progress.num_tokens
+            duration_s += progress.duration_s
+        kept = run.stopped or self._optim.moments == "keep"
+        after = self._collect_moments(optimizer) if kept else {}
+        outcome: dict[str, Any] = {
+            "adapter": self._collect(),
+            "moments": after,
+            "losses": tuple(values),
+            "num_tokens": num_tokens,
+            "duration_s": duration_s,
+        }
+        if run.stopped:
+            raise FitStopped(FitProgress(**outcome))
+        return LocalResult(num_examples=sum(len(batch) for batch in batches), **outcome)
+
+    def _steps(
+        self,
+        pass_: Pass,
+        batches: Sequence[Sequence[Sample]],
+        optimizer: torch.optim.Optimizer,
+        done: int,
+        *,
+        seed: int,
+        on_step: StepCallback | None,
+        should_stop: ShouldStop | None,
+    ) -> _Steps:
+        """Trains the batches from number ``done`` on."""
         losses: list[Tensor] = []
-        num_tokens = 0 if progress is None else progress.num_tokens
+        num_tokens = 0
         peak = [group["lr"] for group in optimizer.param_groups]
-        stopped = False
         with _own_generator(self._bundle.device) as reseed:
             for step, batch in enumerate(batches[done:], start=done):
                 reseed(self._step_seed(seed, step))
@@ -185,38 +233,8 @@ class TorchEngine:
                 if on_step is not None:
                     on_step(step + 1, len(batches))
                 if should_stop is not None and step + 1 < len(batches) and should_stop():
-                    stopped = True
-                    break
-        optimizer.zero_grad(set_to_none=True)
-        self.adapter.model.eval()
-        values = torch.stack(losses).tolist() if losses else []
-        for step, value in enumerate(values, start=done):
-            self._raise_unless_finite(value, step, len(batches))
-        duration_s = time.perf_counter() - started
-        if progress is not None:
-            values = [*progress.losses, *values]
-            duration_s += progress.duration_s
-        kept = stopped or self._optim.moments == "keep"
-        after = self._collect_moments(optimizer) if kept else {}
-        trained = self._collect()
-        if stopped:
-            raise FitStopped(
-                FitProgress(
-                    adapter=trained,
-                    moments=after,
-                    losses=tuple(values),
-                    num_tokens=num_tokens,
-                    duration_s=duration_s,
-                )
-            )
-        return LocalResult(
-            adapter=trained,
-            losses=tuple(values),
-            num_examples=sum(len(batch) for batch in batches),
-            num_tokens=num_tokens,
-            duration_s=duration_s,
-            moments=after,
-        )
+                    return _Steps(losses, num_tokens, stopped=True)
+        return _Steps(losses, num_tokens, stopped=False)
 
     def _start(
         self,
