@@ -8,9 +8,11 @@ weight is sent from rank to rank. (transformers' own loader lets the first rank 
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,6 +41,8 @@ from fedml_plugin_fedmosaic.engine.models import (
     resolve,
 )
 
+_MMAP_THRESHOLD = -3  # glibc's name of the option
+_LARGE_BYTES = 1 << 18
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -125,6 +129,7 @@ def load_sharded_model(
     if resolved["zero_optimization"]["stage"] < 3:
         bundle = load_model(name, spec, device)
     else:
+        _give_memory_back()
         with errors_named(name, spec.path):
             model = _build(loader, config, spec, deepspeed, group, resolved)
             load_pieces(model, source, name, group.rank)
@@ -133,6 +138,18 @@ def load_sharded_model(
         bundle = build_bundle(name, spec, model, source, device)
     bundle.sharding = Sharding(group=group, config=resolved)
     return bundle
+
+
+def _give_memory_back() -> None:
+    """Lets the C library return large blocks as soon as they are freed, from now on.
+
+    Whole tensors come and go while pieces and activations stay. From one heap, each small block
+    in the hole of a whole tensor keeps that hole open, and the process grows to the whole model.
+    glibc serves large blocks one by one if it is told to; other C libraries are left alone.
+    """
+    libc: Any = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def _build(

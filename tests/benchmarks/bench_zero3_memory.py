@@ -144,7 +144,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count = make_model(folder, options.hidden, options.layers)
-        (folder / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+        # DeepSpeed's defaults keep up to 1e9 gathered parameters, which is all of this model.
+        zero = {
+            "stage": 3,
+            "stage3_max_live_parameters": 2e7,
+            "stage3_max_reuse_distance": 2e7,
+            "stage3_prefetch_bucket_size": 1e7,
+            "stage3_param_persistence_threshold": 1e4,
+        }
+        (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
         print(f"{count / 1e6:.0f} M parameters, {count * 4 / 1e6:.0f} MB in float32")
         print("megabytes (largest rank)   before  loading  training   added by loading   seconds")
         for ranks, kind in [(1, "plain"), *((ranks, "zero3") for ranks in options.ranks)]:
