@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -33,13 +32,7 @@ def command(ctx: click.Context, *, run: Path, follow: bool, rank: int | None) ->
       fedmosaic logs runs/fedmosaic-drake-001 --follow
       fedmosaic logs runs/fedmosaic-drake-001 --rank 3
     """
-    try:
-        code = _show_all(run, follow=follow, rank=rank)
-    except BrokenPipeError:
-        # Whoever reads (head, less) has seen enough; Python must not complain at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    ctx.exit(code)
+    ctx.exit(_show_all(run, follow=follow, rank=rank))
 
 
 def _show_all(run: Path, *, follow: bool, rank: int | None) -> int:

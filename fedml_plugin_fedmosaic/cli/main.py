@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,6 +14,7 @@ from fedml_plugin_fedmosaic import __version__
 from fedml_plugin_fedmosaic.cli.errors import Settings, exit_code_of
 
 _ROOT = "fedml_plugin_fedmosaic.cli"
+_EXIT_BROKEN_PIPE = 141  # as if SIGPIPE had ended it
 _COMMANDS = {
     # name: (module:attribute, one line of help)
     "run": (f"{_ROOT}.run:command", "Train a federation and print its table."),
@@ -58,6 +60,10 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
+        except BrokenPipeError:
+            # Whoever reads (head, less) has seen enough; Python must not complain at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(_EXIT_BROKEN_PIPE)
         except (Exception, KeyboardInterrupt) as error:
             ctx.exit(exit_code_of(error, debug=settings.debug))
 

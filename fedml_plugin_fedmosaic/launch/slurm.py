@@ -1,15 +1,14 @@
 """Launcher ``slurm``: jobs, chains, arrays and heterogeneous jobs of a Slurm cluster.
 
 What goes through submitit: handing scripts to ``sbatch`` (with its errors and the id that it
-answers), names of array elements, one ``sacct`` call for all jobs of this program, ``scancel``.
-What does not: submitit's own scripts unpickle a function on rank 0, know no heterogeneous jobs, and
-checkpoint on rank 0 only, while ours start a command and stop all ranks together. So the script is
-``launch.slurm_script``'s, and no pickle is written or read.
+answers), and reading ``sacct``. What does not: submitit's own scripts unpickle a function on
+rank 0, know no heterogeneous jobs, and checkpoint on rank 0 only, while ours start a command and
+stop all ranks together. So the script is ``launch.slurm_script``'s, and no pickle is written or
+read.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,6 @@ from fedml_plugin_fedmosaic.launch.base import (
 )
 from fedml_plugin_fedmosaic.launch.slurm_script import render_job
 from fedml_plugin_fedmosaic.launch.status import read_status, true_status
-
-LOG = logging.getLogger(__name__)
 
 NAME = "slurm"
 CHAINED_VARIABLE = "FEDMOSAIC_CHAINED"
@@ -310,9 +307,13 @@ def _accounted(job_id: str) -> str:
     """The accounting's word, empty if there is no accounting or no such job."""
     if shutil.which("sacct") is None:
         return ""
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns where accounting is off
-    watcher = _submitit().SlurmJob.watcher
-    info = watcher.get_info(job_id, mode="force") or watcher.get_info(f"{job_id}+0", mode="cache")
+    columns = "--format=JobID,State,NodeList"
+    done = _call(["sacct", f"--jobs={job_id}", columns, "--parsable2"], check=False)
+    if done.returncode:
+        return ""
+    # submitit knows the ways in which sacct writes the elements of an array.
+    known = type(_submitit().SlurmJob.watcher)().read_info(done.stdout)
+    info = known.get(job_id) or known.get(f"{job_id}+0") or {}
     return str(info.get("State") or "")
 
 

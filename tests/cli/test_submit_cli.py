@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,17 @@ def test_scripts_come_with_the_package(tmp_path):
     for path in (tmp_path / "slurm").iterdir():
         (config,) = re.findall(r"CONFIG:-(\S+)}", path.read_text())
         assert (tmp_path / config).is_file()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, slurm):
+    run_dir = tmp_path / "runs" / "a"
+    call("submit", "--run-dir", str(run_dir))
+    (run_dir / "logs" / "100.out").write_text("line\n" * 100_000)
+    program = f"{sys.executable} -m fedml_plugin_fedmosaic logs {run_dir} | head -n 1"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "line\n"
+    assert "bug" not in done.stderr
+    assert "Broken" not in done.stderr
 
 
 def test_no_jobs(tmp_path):

@@ -20,9 +20,6 @@ SACCT = "JobID|State|NodeList\n{id}|{state}|n1\n{id}.batch|{state}|n1\n"
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path / "bin")
     monkeypatch.setenv("PATH", fake.path)
-    from submitit import SlurmJob
-
-    SlurmJob.watcher.clear()
     return fake
 
 
