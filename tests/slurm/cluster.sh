@@ -34,7 +34,7 @@ check() {
     note "cannot install ${missing[*]}: apt-get does not offer them"
     return 1
   fi
-  if pgrep -x slurmctld >/dev/null; then
+  if pgrep --runstates D,R,S -x slurmctld >/dev/null; then # not zombies
     note "a Slurm controller runs on this machine already"
     return 1
   fi
