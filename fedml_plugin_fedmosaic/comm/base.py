@@ -60,6 +60,10 @@ class Communicator(Protocol):
         """Every rank's text, by rank; all ranks call it."""
         ...
 
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank of this group says yes; all ranks of the group call it."""
+        ...
+
     def process_world(self) -> ProcessWorld:
         """Where the ranks of this group meet to train a client; all ranks of the group call it.
 

@@ -113,6 +113,21 @@ class GroupCommunicator:
         """Every rank's text, by rank."""
         return self._everyone.share(text)
 
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank of this group says yes; all ranks of the group call it.
+
+        Raises:
+            CommError: the ranks could not be reached.
+        """
+        if self.group_size == 1:
+            return flag
+        answer = np.array([flag], dtype=np.int32)
+        try:
+            self._inside.Allreduce(self._mpi.IN_PLACE, answer, op=self._mpi.MAX)
+        except self._mpi.Exception as error:
+            raise CommError(f"MPI failed to agree inside group {self.group}: {error}") from error
+        return bool(answer[0])
+
     def process_world(self) -> ProcessWorld:
         """Where the ranks of this group meet; the leader's node and a free port there."""
 

@@ -110,6 +110,10 @@ class RankedCommunicator(ABC):
         """
         return tuple(message.decode() for message in self._gather(text.encode()))
 
+    def agree(self, flag: bool) -> bool:
+        """The flag itself: a group is one rank."""
+        return flag
+
     def process_world(self) -> ProcessWorld:
         """A world of this process alone."""
         return ProcessWorld(rank=0, size=1, local_rank=0, address=LOOPBACK, port=free_port())

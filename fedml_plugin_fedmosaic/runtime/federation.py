@@ -192,7 +192,8 @@ class PreparedRun:
         life = Life(
             run_dir=self.run_dir,
             known=together(comm, lambda: known_scores(self.run_dir) if self.resume else ()),
-            should_stop=self.should_stop,
+            # A signal reaches the ranks of a group at different moments; they must stop together.
+            should_stop=lambda: comm.agree(self.should_stop()),
             sync=metrics.sync,
         )
         # The other ranks of a group see the same events as its leader.

@@ -29,7 +29,7 @@ class Life:
     Attributes:
         run_dir: the run folder.
         known: scores that earlier lives have reported.
-        should_stop: whether this rank was asked to stop.
+        should_stop: whether a rank of this group was asked to stop; its ranks ask together.
         sync: makes the events that were emitted so far outlive a power cut.
     """
 

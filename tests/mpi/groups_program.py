@@ -101,6 +101,9 @@ def main() -> None:
         compared += compare(comm, owned)
         refuse(comm, owned)
     places = [comm.process_world() for _ in range(2)]
+    for asked in range(comm.size):  # one rank of the group is enough, other groups do not count
+        said = comm.agree(comm.rank == asked)
+        check(said == (asked in groups[comm.group]), f"agreement about rank {asked}")
     shared = comm.share(f"I am {comm.rank}")
     check(shared == tuple(f"I am {rank}" for rank in range(comm.size)), "shared texts")
     record = {
