@@ -23,6 +23,8 @@ from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
 IMAGE_MARK = "<image>"
 IGNORE = -100
 _PROBE = "probe"
+_MAX_PIECE = 256
+_MAX_PIECES = 10_000
 
 
 class ChatTokenizer(Protocol):
@@ -74,6 +76,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._tokens_per_image = tokens_per_image
+        self._pieces: dict[str, tuple[int, ...]] = {}
         self._parts = False  # message content as a list of parts instead of a string
         self._parts = self._needs_parts()
         with_prompt = self._render((_PROBE,), generation=True)
@@ -161,28 +164,33 @@ class PromptEncoder:
         segments: list[tuple[str, bool]] = []
         cursor = 0
         for position in range(1, len(turns), 2):
-            start, end = self._span(full, turns, position, cursor)
+            # A conversation ends with its last answer, so the whole text goes through it.
+            last = position + 1 == len(turns)
+            through = full if last else self._render(turns[: position + 1])
+            start, end = self._span(full, through, turns[: position + 1], cursor)
             segments += [(full[cursor:start], False), (full[start:end], True)]
             cursor = end
         segments.append((full[cursor:], False))
         return [segment for segment in segments if segment[0]]
 
-    def _span(self, full: str, turns: Sequence[str], position: int, cursor: int) -> tuple[int, int]:
-        """Where the assistant turn at ``position`` lies in ``full``, end-of-turn token included."""
-        before = self._prompt_text(turns[:position])
-        through = self._render(turns[: position + 1])
-        answer = turns[position].strip()
+    def _span(self, full: str, through: str, turns: Sequence[str], cursor: int) -> tuple[int, int]:
+        """Where the last of ``turns`` lies in ``full``, end-of-turn token included.
+
+        ``through`` is the rendered text of ``turns``, ``full`` that of the whole conversation.
+        """
+        before = self._prompt_text(turns[:-1])
+        answer = turns[-1].strip()
         if full.startswith(through) and through.startswith(before):
             body = through[len(before) :]
             if body.lstrip().startswith(answer):
                 # White space after the end-of-turn token belongs to no one.
                 return len(before), len(before) + len(body.rstrip())
         # The template rewrites earlier turns, so prefixes do not agree: look for the texts.
-        question = full.find(turns[position - 1].strip(), cursor)
-        start = full.find(answer, question + len(turns[position - 1].strip()))
+        question = full.find(turns[-2].strip(), cursor)
+        start = full.find(answer, question + len(turns[-2].strip()))
         if question < 0 or start < 0:
             raise DataError(
-                f"the chat template does not show turn {position} of a conversation: "
+                f"the chat template does not show turn {len(turns) - 1} of a conversation: "
                 f"expected {answer[:60]!r} in the rendered text",
                 hint="use a tokenizer whose chat template keeps all turns",
             )
@@ -202,8 +210,19 @@ class PromptEncoder:
             if number:
                 ids += [self._image_token_id or 0] * self._tokens_per_image
             if piece:
-                ids += self._tokenizer.encode(piece, add_special_tokens=False)
+                ids += self._piece_ids(piece)
         return ids
+
+    def _piece_ids(self, piece: str) -> Sequence[int]:
+        # Short ones recur in every conversation: turn headers, multiple-choice answers.
+        known = self._pieces.get(piece)
+        if known is None:
+            known = tuple(self._tokenizer.encode(piece, add_special_tokens=False))
+            if len(piece) <= _MAX_PIECE:
+                if len(self._pieces) >= _MAX_PIECES:
+                    self._pieces.clear()
+                self._pieces[piece] = known
+        return known
 
 
 def collate(

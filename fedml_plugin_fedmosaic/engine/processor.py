@@ -1,12 +1,14 @@
-"""Samples to model inputs, computed once per sample and image.
+"""Samples to model inputs, computed once per conversation and image.
 
-Tokenising and decoding are kept in memory: a client sees its samples again every round, and for
-the small bundled models tokenising would cost as much as training.
+Tokenising and decoding are kept in memory: a client sees its samples again every round, samples
+of one task often differ in the image only, and for the small bundled models tokenising would cost
+as much as training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,9 +184,10 @@ class Processor:
         self._images = images
         self._device = device
         self._dtype = dtype
-        self._conversations: dict[Sample, Encoded] = {}
-        self._prompts: dict[Sample, Encoded] = {}
-        self._choices: dict[tuple[Sample, str], Tensor] = {}
+        # By text: ids depend on nothing else of a sample.
+        self._conversations: dict[tuple[str, ...], Encoded] = {}
+        self._prompts: dict[tuple[str, ...], Encoded] = {}
+        self._choices: dict[tuple[str, str], Tensor] = {}
 
     def prefetch(self, samples: Iterable[Sample]) -> None:
         """Computes features of all images at once; later calls find them in memory.
@@ -221,7 +224,7 @@ class Processor:
             The batch; the positions whose *next* token is supervised in some row, ascending int64
             ``(k,)``, found before the batch leaves the CPU; and the number of supervised tokens.
         """
-        rows = [self._encoded(sample, self._conversations, whole=True) for sample in samples]
+        rows = [self._conversation(sample) for sample in samples]
         paths = [path for sample in samples for path in sample.images]
         batch = collate(rows, self.pad_id, side="right")
         positions = (batch["labels"] != IGNORE).any(0).nonzero()[:, 0] - 1
@@ -234,7 +237,7 @@ class Processor:
         Returns:
             As :meth:`encode_train`, without ``labels``.
         """
-        rows = [self._encoded(sample, self._prompts, whole=False) for sample in samples]
+        rows = [self._prompt(sample) for sample in samples]
         batch = collate(rows, self.pad_id, side="left")
         del batch["labels"]
         paths = [path for sample in samples for path in prompt_images(sample)]
@@ -248,14 +251,14 @@ class Processor:
             the whole conversation.
         """
         for choice in choices:
-            if (sample, choice) not in self._choices:
+            if (sample.prompt, choice) not in self._choices:
                 ids = self._encoder.answer((sample.prompt, choice))
-                _remember(self._choices, (sample, choice), ids)
-        return tuple(self._choices[sample, choice] for choice in choices)
+                _remember(self._choices, (sample.prompt, choice), ids)
+        return tuple(self._choices[sample.prompt, choice] for choice in choices)
 
     def prompt_length(self, sample: Sample) -> int:
         """Tokens of a sample's prompt."""
-        return int(self._encoded(sample, self._prompts, whole=False).ids.shape[0])
+        return int(self._prompt(sample).ids.shape[0])
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of a plain text without special tokens."""
@@ -265,20 +268,23 @@ class Processor:
         """Text of generated ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _encoded(self, sample: Sample, known: dict[Sample, Encoded], *, whole: bool) -> Encoded:
-        row = known.get(sample)
+    def _conversation(self, sample: Sample) -> Encoded:
+        row = self._conversations.get(sample.turns)
         if row is None:
-            try:
-                if whole:
-                    row = self._encoder.conversation(sample.turns)
-                else:
-                    row = self._encoder.prompt(sample.turns[:1])
-            except DataError as error:
-                raise _named(sample, error) from error
-            if whole and not row.num_supervised:
-                problem = DataError("expected an answer to learn from, got no supervised token")
-                raise _named(sample, problem)
-            _remember(known, sample, row)
+            with _naming(sample):
+                row = self._encoder.conversation(sample.turns)
+                if not row.num_supervised:
+                    raise DataError("expected an answer to learn from, got no supervised token")
+            _remember(self._conversations, sample.turns, row)
+        return row
+
+    def _prompt(self, sample: Sample) -> Encoded:
+        turns = sample.turns[:1]
+        row = self._prompts.get(turns)
+        if row is None:
+            with _naming(sample):
+                row = self._encoder.prompt(turns)
+            _remember(self._prompts, turns, row)
         return row
 
     def _batch(self, samples: Sequence[Sample], paths: Sequence[Path], batch: Batch) -> Batch:
@@ -297,10 +303,8 @@ class Processor:
     def _load(self, sample: Sample) -> None:
         """Loads a sample's images alone, to find out which sample is broken."""
         if sample.images and self._images is not None:
-            try:
+            with _naming(sample):
                 self._images.load(sample.images)
-            except DataError as error:
-                raise _named(sample, error) from error
 
 
 def prompt_images(sample: Sample) -> tuple[Path, ...]:
@@ -308,10 +312,16 @@ def prompt_images(sample: Sample) -> tuple[Path, ...]:
     return sample.images[: sample.prompt.count(IMAGE_MARK)]
 
 
-def _named(sample: Sample, error: DataError) -> DataError:
-    return DataError(
-        f"sample {sample.sample_id!r} of task {sample.task!r}: {error.message}", hint=error.hint
-    )
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Says in an error which sample it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            f"sample {sample.sample_id!r} of task {sample.task!r}: {error.message}",
+            hint=error.hint,
+        ) from error
 
 
 def _remember(known: dict[Any, Any], key: object, value: object) -> None:

@@ -142,3 +142,42 @@ def test_collate_pads_on_the_side_that_is_asked_for(side):
         assert (batch["labels"][number][~kept] == IGNORE).all()
     padded = batch["attention_mask"][0]
     assert padded[0 if side == "left" else -1] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_was_encoded_before_changes_no_bit(family):
+    tokenizer = build_tokenizer(family)
+    conversations = [
+        ("hello", "cat"),
+        ("hello world", "cat", "what is this ?", "dog"),
+        ("what is this ? " * 40, "dog"),
+        ("hello", "dog"),
+    ]
+    used = PromptEncoder(tokenizer)
+    for turns in (*conversations, *conversations):
+        fresh, again = PromptEncoder(tokenizer).conversation(turns), used.conversation(turns)
+        assert torch.equal(fresh.ids, again.ids)
+        assert torch.equal(fresh.labels, again.labels)
+        assert fresh.num_supervised == again.num_supervised
+        assert torch.equal(PromptEncoder(tokenizer).answer(turns), used.answer(turns))
+        assert torch.equal(
+            PromptEncoder(tokenizer).prompt(turns[:1]).ids, used.prompt(turns[:1]).ids
+        )
+
+
+def test_a_short_text_is_tokenised_once_and_a_long_one_is_not_kept():
+    tokenizer = build_tokenizer()
+    encoder = PromptEncoder(tokenizer)
+    seen, encode = [], tokenizer.encode
+
+    def counted(text, **options):
+        seen.append(text)
+        return encode(text, **options)
+
+    tokenizer.encode = counted
+    long = "what is this ? " * 40
+    for question in (long, "hello", long, "hello"):
+        encoder.conversation((question, "cat"))
+    assert sum(long.strip() in text for text in seen) == 2
+    assert sum("hello" in text for text in seen) == 1
+    assert sum("cat" in text for text in seen) == 1

@@ -117,6 +117,38 @@ def test_one_two_and_no_images_in_one_batch(llava, tmp_path):
     assert "pixel_values" not in only_text
 
 
+def test_samples_that_differ_in_their_image_share_their_text_only(llava, tmp_path, monkeypatch):
+    asked, encode = [], llava.processor._encoder.conversation
+    monkeypatch.setattr(
+        llava.processor._encoder, "conversation", lambda turns: asked.append(turns) or encode(turns)
+    )
+    samples = [
+        Sample(
+            sample_id=colour,
+            task="t-0",
+            turns=("<image> which of these two ?", "cat"),
+            images=(save_image(tmp_path / f"{colour}.png", colour),),
+        )
+        for colour in ("red", "blue")
+    ]
+    together = llava.processor.encode_train(samples)
+    assert asked == [samples[0].turns]
+    assert torch.equal(together["input_ids"][0], together["input_ids"][1])
+    assert not torch.equal(together["pixel_values"][0], together["pixel_values"][1])
+    for row, sample in enumerate(samples):
+        alone = llava.processor.encode_train([sample])
+        for key in ("input_ids", "labels", "attention_mask", "pixel_values"):
+            assert torch.equal(alone[key][0], together[key][row])
+
+
+def test_a_refused_text_names_each_sample_that_has_it(tmp_path):
+    processor = load(save_text_model(tmp_path)).processor
+    for name in ("first", "second"):
+        sample = Sample(sample_id=name, task="t-0", turns=("<image> what ?", "cat"))
+        with pytest.raises(DataError, match=f"sample '{name}' of task 't-0'"):
+            processor.encode_train([sample])
+
+
 def test_a_prompt_takes_the_images_of_its_first_turn_only(llava, tmp_path):
     pictures = tuple(save_image(tmp_path / f"{k}.png", "red") for k in range(2))
     sample = Sample(
