@@ -11,8 +11,8 @@ from fedml_plugin_fedmosaic.report import plots
 from fedml_plugin_fedmosaic.report.html import render, write_page
 from fedml_plugin_fedmosaic.report.metrics import Run, load_run
 from fedml_plugin_fedmosaic.report.numbers import percent
+from fedml_plugin_fedmosaic.report.parts import Figure, Section
 from fedml_plugin_fedmosaic.report.records import BASE
-from fedml_plugin_fedmosaic.report.sections import Figure, Section
 from fedml_plugin_fedmosaic.report.tables import (
     MEASURES,
     REFERENCE,

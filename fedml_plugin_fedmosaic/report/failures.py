@@ -6,6 +6,7 @@ from collections import Counter
 
 from fedml_plugin_fedmosaic.core import events as ev
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics
+from fedml_plugin_fedmosaic.report.parts import Section
 from fedml_plugin_fedmosaic.report.tables import SummaryTable
 
 
@@ -74,3 +75,18 @@ def _outcome(skipped: ev.RoundSkipped | None) -> str:
     if skipped is None:
         return "mixed without them"
     return f"skipped: {skipped.delivered} delivered, {skipped.needed} needed"
+
+
+def dropouts(run: Run) -> Section | None:
+    """Clients that were dropped, by reason."""
+    table = client_failures(run)
+    if table is None:
+        return None
+    lead = "A dropped client goes on from where it was before the round."
+    return Section("failures", "Failures", lead, table=table)
+
+
+def rounds_with_dropouts(run: Run) -> Section | None:
+    """Rounds in which clients were missing."""
+    table = failed_rounds(run)
+    return None if table is None else Section("failed-rounds", "Failures per round", table=table)

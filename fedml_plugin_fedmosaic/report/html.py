@@ -8,7 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedml_plugin_fedmosaic.report.metrics import Run, load_run
-from fedml_plugin_fedmosaic.report.sections import Headline, Section, all_sections, headlines
+from fedml_plugin_fedmosaic.report.parts import Headline, Section
+from fedml_plugin_fedmosaic.report.sections import all_sections, headlines
 
 REPORT_FILE = "report.html"
 

@@ -23,10 +23,13 @@ from fedml_plugin_fedmosaic.report.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    RESUMES_FILE,
     ClientInfo,
+    Resumption,
     read_clients,
     read_events,
     read_json,
+    read_resumptions,
 )
 
 
@@ -280,6 +283,7 @@ class Run:
         main: the strategy that the run is about; None if nothing has run yet.
         config: the resolved configuration's text; empty if the file is not there.
         environment: versions, seed and platform; empty if the file is not there.
+        resumptions: every life after the first, in order.
     """
 
     path: Path
@@ -288,6 +292,7 @@ class Run:
     main: str | None
     config: str
     environment: Mapping[str, Any]
+    resumptions: tuple[Resumption, ...] = ()
 
     @property
     def ordered(self) -> tuple[str, ...]:
@@ -328,7 +333,8 @@ def load_run(run_dir: Path) -> Run:
         run_dir: the folder.
 
     Raises:
-        DataError: ``metrics.jsonl`` or ``clients.json`` is missing or damaged (file and line).
+        DataError: ``metrics.jsonl`` or ``clients.json`` is missing, or a file is damaged (file and
+            line).
     """
     events = read_events(run_dir / METRICS_FILE)
     # While a run of several ranks goes on, each rank writes a file of its own.
@@ -347,4 +353,5 @@ def load_run(run_dir: Path) -> Run:
         main=_main_strategy(config, list(grouped)),
         config=config,
         environment=read_json(run_dir / ENVIRONMENT_FILE, required=False) or {},
+        resumptions=read_resumptions(run_dir / RESUMES_FILE),
     )

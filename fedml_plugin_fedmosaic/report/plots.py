@@ -104,6 +104,7 @@ def curves(
     label: str,
     scale: float = 1.0,
     reference: tuple[str, float] | None = None,
+    marks: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
     """Lines over rounds: clients faint, their mean bold, one colour a strategy.
 
@@ -114,6 +115,7 @@ def curves(
         label: what the figure shows, for screen readers.
         scale: factor on all values.
         reference: name and value of a dashed level, before scaling.
+        marks: strategy -> 0-based rounds with a dotted upright line in its colour.
 
     Returns:
         An SVG element.
@@ -126,6 +128,9 @@ def curves(
             colour = COLOURS[number % len(COLOURS)]
             for line in clients.get(name, {}).values():
                 axes.plot(*_shown(line, scale), color=colour, alpha=0.22, linewidth=0.9)
+            for round_idx in (marks or {}).get(name, ()):
+                mark = axes.axvline(round_idx + 1, color=colour, linestyle=":", linewidth=1.1)
+                mark.set_gid(f"resumed-{name}-{round_idx + 1}")
             rounds, values = _shown(mean_curve, scale)
             marker = "o" if len(rounds) <= 12 else None
             axes.plot(rounds, values, color=colour, linewidth=2.4, marker=marker, markersize=4)

@@ -21,6 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 CLIENTS_FILE = "clients.json"
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+RESUMES_FILE = "resumes.jsonl"
 BASE = "base"
 """Name under which the untouched base models are evaluated."""
 
@@ -41,6 +42,52 @@ class ClientInfo:
     def label(self) -> str:
         """Family and size, as tables show a model."""
         return f"{self.family} {self.size}".strip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """One line of ``resumes.jsonl``: a new life of the run.
+
+    Attributes:
+        time: when it began, ISO 8601.
+        strategy: the one that it went on with.
+        rounds_done: rounds of that strategy that earlier lives had saved.
+        ranks: of the new life.
+    """
+
+    time: str
+    strategy: str
+    rounds_done: int
+    ranks: int
+
+
+def read_resumptions(path: Path) -> tuple[Resumption, ...]:
+    """Reads ``resumes.jsonl``; a run that was never resumed has none.
+
+    Raises:
+        DataError: a line is damaged.
+    """
+    if not path.is_file():
+        return ()
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            found.append(
+                Resumption(
+                    time=str(record["time"]),
+                    strategy=str(record["strategy"]),
+                    rounds_done=int(record["rounds_done"]),
+                    ranks=int(record["ranks"]),
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}:{number}: not a resumption ({type(error).__name__}: {error}); "
+                f"found {line[:80]!r}",
+                hint="remove the damaged line; it is for people only",
+            ) from error
+    return tuple(found)
 
 
 def read_events(path: Path) -> list[ev.Event]:

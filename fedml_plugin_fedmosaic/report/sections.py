@@ -3,55 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from fedml_plugin_fedmosaic.report import plots
-from fedml_plugin_fedmosaic.report.failures import client_failures, failed_rounds
+from fedml_plugin_fedmosaic.report.failures import dropouts, rounds_with_dropouts
+from fedml_plugin_fedmosaic.report.lives import lives, resumed_rounds
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, mean
 from fedml_plugin_fedmosaic.report.numbers import percent, readable_bytes, seconds
+from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
 from fedml_plugin_fedmosaic.report.records import BASE, ClientInfo
 from fedml_plugin_fedmosaic.report.tables import REFERENCE, SummaryTable, summary_table
 
 _MULTIPLES = 12
 """Most matrices that the small multiples show."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """An SVG element with its caption."""
-
-    svg: str
-    caption: str
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A part of a report.
-
-    Attributes:
-        anchor: id in the page.
-        title: heading.
-        lead: a sentence or two under the heading.
-        figures: plots in order.
-        table: a table, or None.
-        text: preformatted text, folded.
-    """
-
-    anchor: str
-    title: str
-    lead: str = ""
-    figures: tuple[Figure, ...] = ()
-    table: SummaryTable | None = None
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Headline:
-    """One large number: its name, value and a comparison below it."""
-
-    name: str
-    value: str
-    detail: str = ""
 
 
 def group_of(client: ClientInfo) -> str:
@@ -128,6 +91,7 @@ def accuracy(run: Run) -> Section | None:
         return None
     base = run.strategies.get(BASE)
     level = base.self_mean if base is not None else None
+    marks = {name: rounds for name, rounds in resumed_rounds(run).items() if name in shown}
     svg = plots.curves(
         {name: metrics.curves for name, metrics in shown.items()},
         {name: metrics.mean_curve for name, metrics in shown.items()},
@@ -135,8 +99,11 @@ def accuracy(run: Run) -> Section | None:
         label="Accuracy per round",
         scale=100,
         reference=None if level is None else (BASE, level),
+        marks=marks,
     )
     caption = "Mean over the clients bold, single clients faint."
+    if marks:
+        caption += " Dotted: rounds at which the run was resumed."
     return Section("accuracy", "Accuracy per round", figures=(Figure(svg, caption),))
 
 
@@ -318,21 +285,6 @@ def losses(run: Run) -> Section | None:
     return Section("losses", "Training loss", figures=(Figure(svg, caption),))
 
 
-def dropouts(run: Run) -> Section | None:
-    """Clients that were dropped, by reason."""
-    table = client_failures(run)
-    if table is None:
-        return None
-    lead = "A dropped client goes on from where it was before the round."
-    return Section("failures", "Failures", lead, table=table)
-
-
-def rounds_with_dropouts(run: Run) -> Section | None:
-    """Rounds in which clients were missing."""
-    table = failed_rounds(run)
-    return None if table is None else Section("failed-rounds", "Failures per round", table=table)
-
-
 def views(run: Run) -> Section | None:
     """Scores of the single branches of the main strategy's models, where they were evaluated."""
     if run.main is None or len(run.strategies[run.main].views) < 2:
@@ -397,6 +349,6 @@ def reproduction(run: Run) -> list[Section]:
 def all_sections(run: Run) -> list[Section]:
     """All sections that the run has data for, in order."""
     makers = (accuracy, relevance, mixing, matrix, views, traffic, losses,
-              dropouts, rounds_with_dropouts, timing)  # fmt: skip
+              dropouts, rounds_with_dropouts, lives, timing)  # fmt: skip
     found = [section for make in makers if (section := make(run)) is not None]
     return [summary(run), *found, *reproduction(run)]

@@ -10,7 +10,7 @@ from fedml_plugin_fedmosaic.report.comparison import score_intervals
 from fedml_plugin_fedmosaic.report.html import render, write_page
 from fedml_plugin_fedmosaic.report.metrics import mean
 from fedml_plugin_fedmosaic.report.numbers import MISSING, percent
-from fedml_plugin_fedmosaic.report.sections import Figure, Headline, Section
+from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
 from fedml_plugin_fedmosaic.report.sweep import (
     Group,
     SweepResults,
