@@ -147,6 +147,7 @@ def run_command(
         run), 130 after Ctrl-C, or that of the error's class. Errors are
         printed, not raised. In an MPI job with several ranks an error ends the whole job.
     """
+    from fedml_plugin_fedmosaic.core.errors import RunInUse
     from fedml_plugin_fedmosaic.launch.env import end_job, mpi_world, world
     from fedml_plugin_fedmosaic.launch.mpiexec import run_ranks
 
@@ -184,7 +185,7 @@ def run_command(
             click.echo(f"[rank {rank}]", err=True)
         code = exit_code_of(error, debug=debug)
         noted = run_dir if resume is None else resume
-        if noted is not None and not dry_run:
+        if noted is not None and not dry_run and not isinstance(error, RunInUse):
             _note_failure(Path(noted), code, error)
         end_job(code)
         return code

@@ -12,6 +12,7 @@ Tree::
     ├── CommError             5   ranks could not talk to each other
     ├── LaunchError           6   a job could not be started
     ├── CheckpointError       7   a checkpoint is missing, damaged or does not fit
+    │   └── RunInUse          7   another process runs in the same run folder
     ├── IntegrationError      8   the installed FedML or PEFT is not what we know
     └── RunInterrupted       75   a signal stopped the run after saving; it can be resumed
 
@@ -114,6 +115,10 @@ class CheckpointError(FedMosaicError):
     """A checkpoint is missing, damaged or does not fit."""
 
     exit_code = 7
+
+
+class RunInUse(CheckpointError):
+    """Another process runs or resumes the same run folder; nothing in it was touched."""
 
 
 class IntegrationError(FedMosaicError):

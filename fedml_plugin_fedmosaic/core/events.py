@@ -131,7 +131,10 @@ class EvaluationProgress(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished(Event):
-    """After finalisation and the last evaluation of one strategy."""
+    """After finalisation and the last evaluation of one strategy.
+
+    Wall-clock seconds of all lives of a run that was resumed; work that was done again counts once.
+    """
 
     duration_s: float
     train_s: float

@@ -30,7 +30,10 @@ SUBMITTED_FILE = "submitted.yaml"
 STATUS_FILE = "status.json"
 LOG_FOLDER = "logs"
 STARTED_FILE = "config.yaml"
-LAUNCH_FILES = frozenset((JOB_FILE, SCRIPT_FILE, SUBMITTED_FILE, STATUS_FILE, LOG_FOLDER))
+LOCK_FILE = "run.lock"
+LAUNCH_FILES = frozenset(
+    (JOB_FILE, SCRIPT_FILE, SUBMITTED_FILE, STATUS_FILE, LOG_FOLDER, LOCK_FILE)
+)
 """What may be in a run folder before the run starts."""
 
 POLL_S = 1.0

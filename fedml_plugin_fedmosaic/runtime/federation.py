@@ -12,6 +12,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,6 @@ from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
 from fedml_plugin_fedmosaic.config.loader import dump_experiment
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.errors import (
-    ConfigError,
     FedMosaicError,
     LaunchError,
     RunInterrupted,
@@ -34,25 +34,22 @@ from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.base import ModelInfo, ShouldStop
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
-from fedml_plugin_fedmosaic.launch.allocation import check_shared, gpu_of_rank
+from fedml_plugin_fedmosaic.launch.allocation import check_shared
 from fedml_plugin_fedmosaic.launch.base import STARTED_FILE
 from fedml_plugin_fedmosaic.launch.env import world
 from fedml_plugin_fedmosaic.launch.topology import Topology
 from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.evaluation import BASE, evaluate_base
-from fedml_plugin_fedmosaic.runtime.folder import claim_run_dir
+from fedml_plugin_fedmosaic.runtime.folder import agree_on_folder, check_not_started
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
 from fedml_plugin_fedmosaic.runtime.journal import known_scores, rank_file, settle
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
-from fedml_plugin_fedmosaic.runtime.resume import (
-    CLIENTS_FILE,
-    begin_again,
-    check_rounds,
-    check_same_clients,
-)
+from fedml_plugin_fedmosaic.runtime.lock import holding
+from fedml_plugin_fedmosaic.runtime.resume import CLIENTS_FILE, begin_again, check_same_clients
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.setup import (
     check_clients,
+    choose_device,
     choose_proxy,
     load_bundles,
     needed_models,
@@ -72,24 +69,19 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What a run leaves behind."""
+    """What a run leaves behind.
+
+    Attributes:
+        run_dir: the run folder.
+        strategies: in the order in which they ran.
+        duration_s: wall-clock seconds of all lives of the run, up to the last checkpoint of each.
+        train_s: those of the rounds.
+    """
 
     run_dir: Path
     strategies: tuple[str, ...]
     duration_s: float
     train_s: float
-
-
-def _device(experiment: Experiment, world_size: int) -> torch.device:
-    if not experiment.device.using_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "device_args.using_gpu is true, but torch sees no CUDA device",
-            hint="set using_gpu: false, or start the job on a node with a GPU",
-        )
-    visible = torch.cuda.device_count()
-    return torch.device("cuda", gpu_of_rank(visible, experiment.device.gpu_id, world_size))
 
 
 def strategies_of(experiment: Experiment) -> tuple[str, ...]:
@@ -152,16 +144,28 @@ class PreparedRun:
         Raises:
             ClientFailure: a client failed; what finished before is in the run folder.
             CheckpointError: the run folder cannot be written, or a file in it is damaged.
+            RunInUse: another process runs in the run folder.
             RunInterrupted: ``should_stop`` said so; the run can be resumed.
         """
-        try:
-            return self._execute()
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            code = 130 if interrupted else getattr(error, "exit_code", 1)
-            say_ended(self.run_dir, code, str(error).partition("\n")[0] or type(error).__name__)
-            self._note_error(error)
-            raise
+        comm = self._communicator()
+        with ExitStack() as stack:
+            # Before the status is touched, which is the holder's as long as it runs.
+            together(comm, lambda: self._lock(stack) if comm.rank == 0 else None)
+            try:
+                return self._execute(comm)
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt)
+                code = 130 if interrupted else getattr(error, "exit_code", 1)
+                text = str(error).partition("\n")[0] or type(error).__name__
+                say_ended(self.run_dir, code, text)
+                self._note_error(error)
+                raise
+
+    def _lock(self, stack: ExitStack) -> None:
+        stack.enter_context(holding(self.run_dir))
+        if not self.resume:
+            # Another run may have taken the folder, and ended, since it was found free.
+            check_not_started(self.run_dir)
 
     def _note_error(self, error: BaseException) -> None:
         """Keeps what ended a rank of an MPI job, because its output may not reach the user."""
@@ -183,9 +187,8 @@ class PreparedRun:
             )
         return self.comm
 
-    def _execute(self) -> RunSummary:
+    def _execute(self, comm: Communicator) -> RunSummary:
         started = time.perf_counter()
-        comm = self._communicator()
         together(comm, lambda: self._open_folder(comm) if comm.rank == 0 else None)
         together(comm, lambda: check_shared(self.run_dir, comm.rank, STARTED_FILE))
         metrics = JsonLines(rank_file(self.run_dir, comm.rank), everything=comm.rank == 0)
@@ -199,7 +202,7 @@ class PreparedRun:
         # The other ranks of a group see the same events as its leader.
         sink = FanOut([metrics, *self.sinks] if comm.is_leader else [])
         owned = comm.owned([client.client_id for client in self.data.clients])
-        train_s = 0.0
+        train_s = earlier_s = 0.0
         try:
             if self.experiment.evaluation.base:
                 done = evaluate_base(
@@ -213,11 +216,11 @@ class PreparedRun:
                 )
                 life.go_on(comm, stopped=not done)
             for name in strategies_of(self.experiment):
-                began = time.perf_counter()
                 store = open_store(self.run_dir, name, self.experiment, comm)
                 earlier = together(comm, store.finished) if self.resume else None
                 if earlier is not None:
                     train_s += earlier["train_s"]
+                    earlier_s += earlier["duration_s"]
                     continue
                 run = StrategyRun(
                     name=name,
@@ -233,15 +236,11 @@ class PreparedRun:
                 )
                 run.execute()
                 train_s += run.train_s
-                sink(
-                    RunFinished(
-                        strategy=name,
-                        duration_s=time.perf_counter() - began,
-                        train_s=run.train_s,
-                    )
-                )
+                earlier_s += run.earlier_s
+                took = {"duration_s": run.duration_s, "train_s": run.train_s}
+                sink(RunFinished(strategy=name, **took))
                 together(comm, metrics.sync)
-                finished = partial(store.finish, {"train_s": run.train_s})
+                finished = partial(store.finish, took)
                 together(comm, finished)
         finally:
             metrics.close()
@@ -249,7 +248,7 @@ class PreparedRun:
         return RunSummary(
             run_dir=self.run_dir,
             strategies=strategies_of(self.experiment),
-            duration_s=time.perf_counter() - started,
+            duration_s=earlier_s + time.perf_counter() - started,
             train_s=train_s,
         )
 
@@ -302,28 +301,6 @@ class PreparedRun:
         ]
 
 
-def _agree_on_folder(
-    comm: Communicator,
-    experiment: Experiment,
-    data: FederatedData,
-    run_dir: Path | None,
-    *,
-    resume: bool,
-) -> Path:
-    """The run folder, the same on all ranks."""
-
-    # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
-    def claim() -> Path | None:
-        if not resume:
-            return claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
-        if run_dir is None:
-            raise ConfigError("a run is resumed from its folder, but none is given")
-        check_rounds(run_dir, experiment, data)
-        return run_dir
-
-    return Path(comm.share(str(together(comm, claim)))[0])
-
-
 def _check_strategies(
     names: Sequence[str],
     experiment: Experiment,
@@ -372,6 +349,7 @@ def prepare_run(
         DataError: the data are broken.
         AdapterError: rank or number of blocks is more than a model allows.
         CheckpointError: with ``resume``: data or models have changed since.
+        RunInUse: with ``resume``: another process runs in the run folder.
         LaunchError: the ranks that were started do not form one MPI job, or backend sp was started
             on several.
     """
@@ -381,7 +359,7 @@ def prepare_run(
         build_strategy(name, experiment)
     if experiment.device.num_threads is not None:
         torch.set_num_threads(experiment.device.num_threads)
-    device = _device(experiment, world_size if ranks is None else 1)
+    device = choose_device(experiment, world_size if ranks is None else 1)
     data = DATASETS[experiment.data.source](experiment.data)
     check_clients(experiment, data)
     models = used_models(experiment, data)
@@ -391,7 +369,7 @@ def prepare_run(
     if announce is not None:
         announce(topology)
     comm = open_communicator(experiment, topology) if ranks is None else LocalCommunicator()
-    chosen_dir = _agree_on_folder(comm, experiment, data, run_dir, resume=resume)
+    chosen_dir = agree_on_folder(comm, experiment, data, run_dir, resume=resume)
     needed = needed_models(data, comm, names, proxy)
     bundles = load_bundles(experiment, data, comm, device, needed, proxy, names)
     _check_strategies(names, experiment, data, bundles, comm)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.errors import ConfigError
-from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES
+from fedml_plugin_fedmosaic.data.base import FederatedData
+from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES, STARTED_FILE
+from fedml_plugin_fedmosaic.runtime.lock import check_unlocked
+from fedml_plugin_fedmosaic.runtime.resume import check_rounds
+from fedml_plugin_fedmosaic.runtime.setup import together
 
 
 def claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
@@ -24,10 +29,7 @@ def claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
         run_dir = Path(experiment.run.root) / experiment.run.name
     if run_dir is not None:
         if run_dir.exists() and not _is_free(run_dir):
-            raise ConfigError(
-                f"the run folder {run_dir} exists and is not an empty folder",
-                hint="choose another --run-dir; results are never overwritten",
-            )
+            raise _taken(run_dir)
         return run_dir
     root = Path(experiment.run.root)
     stem = f"{experiment.algo}-{experiment.data.source}"
@@ -37,5 +39,59 @@ def claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
     return root / f"{stem}-{number:03d}"
 
 
+def check_not_started(run_dir: Path) -> None:
+    """Whether no run has begun in a folder.
+
+    Raises:
+        ConfigError: one has.
+    """
+    if (run_dir / STARTED_FILE).exists():
+        raise _taken(run_dir)
+
+
+def _taken(run_dir: Path) -> ConfigError:
+    return ConfigError(
+        f"the run folder {run_dir} exists and is not an empty folder",
+        hint="choose another --run-dir; results are never overwritten",
+    )
+
+
 def _is_free(folder: Path) -> bool:
     return folder.is_dir() and all(path.name in LAUNCH_FILES for path in folder.iterdir())
+
+
+def agree_on_folder(
+    comm: Communicator,
+    experiment: Experiment,
+    data: FederatedData,
+    run_dir: Path | None,
+    *,
+    resume: bool,
+) -> Path:
+    """The run folder, the same on all ranks; all ranks call it.
+
+    Args:
+        comm: all ranks of the job.
+        experiment: the run.
+        data: of the run.
+        run_dir: as in :func:`claim_run_dir`; the run's own with ``resume``.
+        resume: go on with the run in ``run_dir``.
+
+    Raises:
+        ConfigError: the folder has something in it; with ``resume``, it cannot have that number of
+            rounds.
+        RunInUse: with ``resume``: another process runs in it.
+    """
+
+    # Rank 0 chooses, because another program may take a free folder between two ranks' looks.
+    def claim() -> Path | None:
+        if not resume:
+            return claim_run_dir(experiment, run_dir) if comm.rank == 0 else None
+        if run_dir is None:
+            raise ConfigError("a run is resumed from its folder, but none is given")
+        if comm.rank == 0:
+            check_unlocked(run_dir)
+        check_rounds(run_dir, experiment, data)
+        return run_dir
+
+    return Path(comm.share(str(together(comm, claim)))[0])

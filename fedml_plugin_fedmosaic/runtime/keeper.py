@@ -25,6 +25,7 @@ class Standing:
         server: the strategy's state.
         next_round: 0-based round to run next.
         train_s: wall-clock seconds of all rounds so far.
+        duration_s: wall-clock seconds of the strategy so far, evaluations included.
         uploads: last accepted tensors of owned clients.
         downlinks: what owned clients received last.
     """
@@ -32,6 +33,7 @@ class Standing:
     server: ServerState
     next_round: int = 0
     train_s: float = 0.0
+    duration_s: float = 0.0
     uploads: dict[int, SharedTensors] = field(default_factory=dict)
     downlinks: dict[int, SharedTensors] = field(default_factory=dict)
 
@@ -90,6 +92,7 @@ class Keeper:
             server=saved.server,
             next_round=saved.round_idx + 1,
             train_s=saved.progress["train_s"],
+            duration_s=saved.progress["duration_s"],
             uploads=dict(saved.uploads),
             downlinks=dict(saved.downlinks),
         )
@@ -175,7 +178,11 @@ class Keeper:
             return
         together(self._comm, lambda: self._write(round_idx))
         written = self._comm.share(self._store.written())
-        progress = {"ledger": self._ledger.state(), "train_s": standing.train_s}
+        progress = {
+            "ledger": self._ledger.state(),
+            "train_s": standing.train_s,
+            "duration_s": standing.duration_s,
+        }
         # Nobody begins the next round before this one is valid.
         together(
             self._comm,

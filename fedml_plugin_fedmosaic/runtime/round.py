@@ -104,6 +104,13 @@ class StrategyRun:
             sync=life.sync,
         )
         self.train_s = 0.0
+        self.earlier_s = 0.0
+        self._began = time.perf_counter()
+
+    @property
+    def duration_s(self) -> float:
+        """Wall-clock seconds of this strategy in all lives, up to now; work done again once."""
+        return self.earlier_s + time.perf_counter() - self._began
 
     @classmethod
     def check(
@@ -151,6 +158,7 @@ class StrategyRun:
             server=self.strategy.init(manifests, self.seed)
         )
         self.train_s = standing.train_s
+        self.earlier_s = standing.duration_s
         self.sink(
             RunStarted(
                 strategy=self.name,
@@ -202,6 +210,7 @@ class StrategyRun:
         }
         self._report_round(round_idx, time.perf_counter() - began)
         standing.train_s = self.train_s
+        standing.duration_s = self.duration_s
         self.keeper.round_done(round_idx, standing, received, accepted)
 
     def _sketcher(self, mine: Mapping[int, ClientRunner]) -> SketchEngine | None:

@@ -28,6 +28,7 @@ from fedml_plugin_fedmosaic.engine.hub import require_models
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.outline import outline_model
 from fedml_plugin_fedmosaic.engine.sharded import check_sharded, load_sharded_model
+from fedml_plugin_fedmosaic.launch.allocation import gpu_of_rank
 from fedml_plugin_fedmosaic.launch.topology import ClientLoad, Topology, plan_topology
 
 LOG = logging.getLogger(__name__)
@@ -86,6 +87,27 @@ def outline_models(models: Mapping[str, ModelSpec]) -> dict[str, ModelInfo]:
     """
     require_models(models)
     return {name: outline_model(name, spec) for name, spec in models.items()}
+
+
+def choose_device(experiment: Experiment, world_size: int) -> torch.device:
+    """Where this rank computes.
+
+    Args:
+        experiment: validated configuration.
+        world_size: ranks of the job.
+
+    Raises:
+        ConfigError: a GPU is asked for, but torch sees none.
+    """
+    if not experiment.device.using_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device_args.using_gpu is true, but torch sees no CUDA device",
+            hint="set using_gpu: false, or start the job on a node with a GPU",
+        )
+    visible = torch.cuda.device_count()
+    return torch.device("cuda", gpu_of_rank(visible, experiment.device.gpu_id, world_size))
 
 
 def choose_proxy(experiment: Experiment, outlines: Mapping[str, ModelInfo]) -> str:

@@ -16,9 +16,10 @@ from lives import SETTINGS, assert_same_run, metrics
 from fedml_plugin_fedmosaic.cli.run import run_command
 from fedml_plugin_fedmosaic.config.loader import load_experiment
 from fedml_plugin_fedmosaic.core.errors import CheckpointError, RunInterrupted
-from fedml_plugin_fedmosaic.runtime.federation import prepare_run
+from fedml_plugin_fedmosaic.runtime.federation import RunSummary, prepare_run
 from fedml_plugin_fedmosaic.runtime.resume import resumed_experiment
 from fedml_plugin_fedmosaic.runtime.signals import never
+from fedml_plugin_fedmosaic.runtime.treefile import load_tree, save_tree
 
 Asked = Callable[[], bool]
 
@@ -41,10 +42,10 @@ def begin(config: Path, run_dir: Path, should_stop: Asked = never, *more: str) -
     prepared.execute()
 
 
-def resume(run_dir: Path, should_stop: Asked = never, from_round: int | None = None) -> None:
+def resume(run_dir: Path, should_stop: Asked = never, from_round: int | None = None) -> RunSummary:
     prepared = prepare_run(resumed_experiment(run_dir), run_dir, resume=True, from_round=from_round)
     prepared.should_stop = should_stop
-    prepared.execute()
+    return prepared.execute()
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +96,10 @@ def test_resuming_a_finished_run_changes_nothing(reference: Path, tmp_path: Path
     run_dir = tmp_path / "run"
     shutil.copytree(reference, run_dir)
     before = (run_dir / "metrics.jsonl").read_bytes()
-    resume(run_dir)
+    summary = resume(run_dir)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+    # Both times are those of the life that did the work.
+    assert summary.duration_s >= summary.train_s > 0
     assert_same_run(run_dir, reference)
 
 
@@ -230,6 +233,28 @@ def test_a_torn_file_of_an_unfinished_round_can_be_left_out(
     assert f"--from-round {done}" in said
     assert run_command(resume=run_dir, from_round=done) == 0
     assert_same_run(run_dir, reference)
+
+
+def test_times_cover_all_lives(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints/fedmosaic"
+    newest = max(folder.glob("server-*"))
+    tree = load_tree(newest)
+    assert tree["progress"]["duration_s"] >= tree["progress"]["train_s"] > 0
+    tree["progress"] |= {"duration_s": 2000.0, "train_s": 1000.0}
+    manifest_path = max(folder.glob("round-*.json"))
+    manifest = json.loads(manifest_path.read_text())
+    manifest["server"]["checksum"] = save_tree(newest, tree)
+    manifest_path.write_text(json.dumps(manifest))
+    summary = resume(run_dir)
+    (done,) = (
+        record
+        for record in metrics(run_dir, times=True)
+        if record["event"] == "RunFinished" and record["strategy"] == "fedmosaic"
+    )
+    assert 2000 < done["duration_s"] < 3000
+    assert 1000 < done["train_s"] < 2000
+    assert summary.duration_s > done["duration_s"]
+    assert summary.train_s > done["train_s"]
 
 
 def test_a_strategy_can_be_started_anew(run_dir: Path, reference: Path) -> None:

@@ -145,10 +145,10 @@ def wait_until_gone(run_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The events without what depends on the clock or on where the run is."""
+def metrics(run_dir: Path, *, times: bool = False) -> list[dict[str, Any]]:
+    """The events without what depends on the clock (unless asked for) or on where the run is."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    free = {"duration_s", "train_s", "run_dir"}
+    free = {"run_dir"} if times else {"duration_s", "train_s", "run_dir"}
     return [{k: v for k, v in record.items() if k not in free} for record in records]
 
 

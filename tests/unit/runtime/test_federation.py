@@ -64,6 +64,7 @@ def test_run_folder_is_complete(world: Path, tmp_path: Path) -> None:
         "clients.json",
         "topology.json",
         "status.json",
+        "run.lock",
         "metrics.jsonl",
         "checkpoints",
     }
