@@ -240,6 +240,8 @@ class SketchConfig:
     """Noise level (sigma)."""
     columns: PositiveInt | None = None
     """Compress to this many columns by a shared random projection; none when omitted."""
+    floats: PositiveInt | None = None
+    """Send this many numbers that estimate the relevance, not the sketch; none when omitted."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Weight of the previous sketch in the running average."""
 

@@ -226,7 +226,9 @@ class ClientState:
         client_id: who.
         participations: rounds the client took part in so far.
         adapter: all adapter tensors, float32 on the CPU.
-        sketch: smoothed sketch (EMA), float32 ``(rows, columns)``, or None before the first.
+        sketch: what others are compared with, float32 ``(rows, columns)``, or None before the
+            first: the smoothed sketch (EMA), or its compressed form.
+        sketch_average: the smoothed sketch if ``sketch`` is a compressed form of it.
         moments: of the tensors that were ever trained; empty unless ``optim.moments`` is "keep".
         extra: a strategy's own JSON-like values.
     """
@@ -235,6 +237,7 @@ class ClientState:
     participations: int = 0
     adapter: AdapterState = field(default_factory=dict)
     sketch: Tensor | None = None
+    sketch_average: Tensor | None = None
     moments: OptimizerState = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 

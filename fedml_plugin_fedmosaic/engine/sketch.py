@@ -15,19 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from fedml_plugin_fedmosaic.config.sections import SketchConfig
-from fedml_plugin_fedmosaic.core.errors import IntegrationError
+from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.core.rng import torch_generator
 from fedml_plugin_fedmosaic.core.types import View
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.prompt import IGNORE
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.equations.gradient import (
+    ColumnProjection,
     column_projection,
+    compress,
     kept_rows,
     last_down_proj_gradient,
     sanitise,
     sketch_updates,
 )
+from fedml_plugin_fedmosaic.equations.relevance import Similarity, unit_columns
 
 
 class SketchEngine:
@@ -44,7 +47,7 @@ class SketchEngine:
         grad_accumulation: micro-batches per update; matters for the ``official`` schedule only.
 
     Attributes:
-        shape: rows and columns of a sketch.
+        shape: rows and columns of a sketch, before it is compressed to ``config.floats``.
 
     Raises:
         ConfigError: an option does not fit the proxy model.
@@ -64,6 +67,7 @@ class SketchEngine:
             None if config.columns is None else column_projection(inner, config.columns, seed)
         )
         self.shape = (len(self._rows), config.columns or inner)
+        self._vector = self._vector_projection()
         self._check_norm(width)
 
     def compute(
@@ -102,6 +106,40 @@ class SketchEngine:
                 projection=self._projection,
             ).to("cpu", torch.float32)
         return total / len(updates)
+
+    def share(self, average: Tensor, similarity: Similarity = "columns") -> Tensor:
+        """What of a running average leaves the client.
+
+        With ``config.floats`` it is one column, a random projection of the flattened sketch with a
+        seed that all clients share. The cosine of two of these, which is their column similarity
+        as well as their flat similarity, estimates the similarity of the two sketches, with an
+        error of about ``floats ** -0.5``. Columns that are 0, which there are none of with noise,
+        are divided out instead of counting as cosine 0.
+
+        Args:
+            average: float32 ``(rows, columns)`` as of :meth:`compute`, smoothed over rounds.
+            similarity: the similarity to be estimated.
+
+        Returns:
+            ``average`` itself, or float32 ``(config.floats, 1)``.
+        """
+        if self._vector is None:
+            return average
+        flat = unit_columns(average) if similarity == "columns" else average.reshape(1, -1)
+        return compress(flat, self._vector).reshape(-1, 1)
+
+    def _vector_projection(self) -> ColumnProjection | None:
+        rows, columns = self.shape
+        floats = self._config.floats
+        if floats is None:
+            return None
+        if floats > rows * columns:
+            raise ConfigError(
+                f"sketch.floats is {floats}, but a sketch of model {self._bundle.info.name!r} has "
+                f"only {rows} x {columns} entries",
+                hint=f"set sketch_args.sketch.floats to at most {rows * columns}, or leave it out",
+            )
+        return column_projection(rows * columns, floats, self._seed)
 
     @torch.inference_mode()
     def gradient(self, samples: Sequence[Sample]) -> Tensor:
