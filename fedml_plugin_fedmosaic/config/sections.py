@@ -302,6 +302,8 @@ class RunConfig:
     """Folder that holds the run folders."""
     name: str | None = None
     """Name of the run folder; strategy, data set and a counter when omitted."""
+    resume: str | None = None
+    """Folder of an interrupted run to go on with, as with ``--resume``."""
     save_every: PositiveInt = 1
     """Rounds between two checkpoints."""
     keep_last: PositiveInt = 2

@@ -45,7 +45,12 @@ from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
 from fedml_plugin_fedmosaic.runtime.journal import known_scores, rank_file, settle
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
 from fedml_plugin_fedmosaic.runtime.lock import holding
-from fedml_plugin_fedmosaic.runtime.resume import CLIENTS_FILE, begin_again, check_same_clients
+from fedml_plugin_fedmosaic.runtime.resume import (
+    CLIENTS_FILE,
+    begin_again,
+    check_same_clients,
+    take_folder,
+)
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.setup import (
     check_clients,
@@ -333,7 +338,7 @@ def prepare_run(
     a mistake that one of them finds is raised on all.
 
     Args:
-        experiment: validated configuration.
+        experiment: validated configuration; its ``run.resume`` is followed.
         run_dir: run folder; must not exist or be empty. A new one under ``run.root`` by default.
         sinks: consumers of events, beside the metrics file.
         hooks: the host framework's hooks.
@@ -353,6 +358,8 @@ def prepare_run(
         LaunchError: the ranks that were started do not form one MPI job, or backend sp was started
             on several.
     """
+    if not resume:
+        experiment, run_dir, resume = take_folder(experiment, run_dir)
     world_size = world(experiment.comm.backend)[1] if ranks is None else ranks
     names = strategies_of(experiment)
     for name in names:

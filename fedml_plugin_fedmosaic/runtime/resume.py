@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,53 @@ def resumed_experiment(
     Raises:
         ConfigError: not a run folder, or something else differs; every difference is listed.
     """
+    old = _own_experiment(run_dir)
+    if algo is not None and algo.lower() == old.algo:
+        # Naming the strategy anew would drop the options that the file gives it.
+        algo = None
+    new = load_experiment(cf or run_dir / CONFIG_FILE, overrides, algo=algo, backend=backend)
+    return _same(run_dir, old, new)
+
+
+def take_folder(
+    experiment: Experiment, run_dir: Path | None
+) -> tuple[Experiment, Path | None, bool]:
+    """Follows ``run.resume``.
+
+    Args:
+        experiment: may name the folder of a run to go on with.
+        run_dir: the folder that the caller asks for.
+
+    Returns:
+        The experiment without ``run.resume``, the run folder, and whether its run goes on.
+
+    Raises:
+        ConfigError: not a run folder, the experiment differs from the run's in more than a resumed
+            run may change (every difference is listed), or the caller asks for another folder.
+    """
+    if experiment.run.resume is None:
+        return experiment, run_dir, False
+    folder = Path(experiment.run.resume)
+    if run_dir is not None:
+        raise ConfigError(
+            f"--run-dir {run_dir} cannot be combined with run.resume: {folder}",
+            hint="a resumed run goes on in its own folder",
+        )
+    return _same(folder, _own_experiment(folder), experiment), folder, True
+
+
+def _own_experiment(run_dir: Path) -> Experiment:
     own = run_dir / CONFIG_FILE
     if not own.is_file():
         raise ConfigError(
             f"--resume {run_dir}: not a run folder, it has no {CONFIG_FILE}",
             hint="give the folder that the run printed; a run that never began is started anew",
         )
-    old = load_experiment(own)
-    if algo is not None and algo.lower() == old.algo:
-        # Naming the strategy anew would drop the options that the file gives it.
-        algo = None
-    new = load_experiment(cf or own, overrides, algo=algo, backend=backend)
+    return load_experiment(own)
+
+
+def _same(run_dir: Path, old: Experiment, new: Experiment) -> Experiment:
+    """The new one, if it differs in nothing that changes results; its folder is settled."""
     found = differences(old, new)
     if found:
         lines = [
@@ -72,7 +109,8 @@ def resumed_experiment(
             "\n".join([f"{run_dir} was made with another configuration", *lines]),
             hint="leave --cf and --set out to go on with the run's own, or start a new run",
         )
-    return new
+    # The folder's config.yaml, taken for a new run, must not lead back to this one.
+    return replace(new, run=replace(new.run, resume=None))
 
 
 def check_same_clients(run_dir: Path, clients: Sequence[Mapping[str, Any]]) -> None:

@@ -74,6 +74,8 @@ class Runner:
                 sinks=(_log_event,) if mpi_world()[0] == 0 else (),
                 hooks=make_hooks(self.experiment),
             )
+        # With ``run.resume`` it was checked against the run's own.
+        self.experiment = self._prepared.experiment
 
     def run(self) -> None:
         """Trains, evaluates and writes the run folder with its report.
