@@ -208,8 +208,16 @@ class ClientRunner:
         current = sketcher.compute(
             self._batches, client_id=self.manifest.client_id, round_idx=round_idx
         )
-        smoothed = smooth(self.state.sketch, current, self._experiment.sketch.ema)
-        self.state = replace(self.state, sketch=smoothed)
+        state, similarity = self.state, self._strategy.similarity
+        compressed = self._experiment.sketch.floats is not None
+        previous = state.sketch_average if compressed else state.sketch
+        average = smooth(previous, current, self._experiment.sketch.ema)
+        self.state = replace(
+            state,
+            sketch=sketcher.share(average, similarity or "columns"),
+            # Column lengths are divided out of what is shared, so that cannot be averaged on.
+            sketch_average=average if compressed else None,
+        )
 
     def finish(self, round_idx: int) -> ClientUpdate:
         """Makes the update and the next state."""

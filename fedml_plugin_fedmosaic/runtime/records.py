@@ -108,6 +108,7 @@ def state_tree(state: ClientState) -> dict[str, Any]:
         "participations": state.participations,
         "adapter": _adapter_tree(state.adapter),
         "sketch": state.sketch,
+        "sketch_average": state.sketch_average,
         "moments": _moments_tree(state.moments),
         "extra": dict(state.extra),
     }
@@ -120,6 +121,7 @@ def state_from_tree(tree: Mapping[str, Any]) -> ClientState:
         participations=tree["participations"],
         adapter=_adapter(tree["adapter"]),
         sketch=tree["sketch"],
+        sketch_average=tree.get("sketch_average"),
         moments=_moments(tree["moments"]),
         extra=tree["extra"],
     )

@@ -5,9 +5,15 @@ import torch
 from tiny_models import image_samples, save_llava, save_text_model, text_samples
 
 from fedml_plugin_fedmosaic.config.sections import ModelSpec, SketchConfig
-from fedml_plugin_fedmosaic.core.errors import IntegrationError
+from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.engine.models import load_model
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
+from fedml_plugin_fedmosaic.equations.gradient import column_projection, compress
+from fedml_plugin_fedmosaic.equations.relevance import (
+    column_similarity,
+    flat_similarity,
+    unit_columns,
+)
 
 CPU = torch.device("cpu")
 
@@ -89,6 +95,55 @@ def test_columns_are_compressed_on_request(bundle):
     engine = SketchEngine(bundle, SketchConfig(columns=16, clip_norm=1.0), 0)
     assert engine.shape == (12, 16)
     assert engine.compute([text_samples(2)], client_id=0, round_idx=0).shape == (12, 16)
+
+
+def averages(shape, count=6):
+    """Running averages that have something in common; columns of very different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.linspace(-2, 2, shape[1]).exp()
+    common = torch.randn(shape, generator=generator)
+    own = torch.randn(count, *shape, generator=generator)
+    return [(common + k * noise) * lengths for k, noise in enumerate(own)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "exact"), [("columns", column_similarity), ("flat", flat_similarity)]
+)
+def test_the_similarity_of_compressed_sketches_estimates_that_of_the_sketches(bundle, kind, exact):
+    engine = SketchEngine(bundle, SketchConfig(row_fraction=1.0, floats=512), 5)
+    sketches = averages(engine.shape)
+    shared = [engine.share(sketch, kind) for sketch in sketches]
+    assert {tuple(vector.shape) for vector in shared} == {(512, 1)}
+    found = column_similarity(shared)
+    # One column: both ways to compare are the cosine of the vectors.
+    torch.testing.assert_close(found, flat_similarity(shared), rtol=0, atol=1e-6)
+    error = found - exact(sketches)
+    assert 0 < float(error.abs().max()) < 4 * 512**-0.5
+    assert float(exact(sketches)[0, 1]) > 0.6
+
+
+def test_compressed_sketches_hold_the_plain_inner_products_of_unit_columns(bundle):
+    engine = SketchEngine(bundle, SketchConfig(floats=100), 5)
+    (sketch,) = averages(engine.shape, count=1)
+    projection = column_projection(sketch.numel(), 100, 5)
+    expected = compress(unit_columns(sketch), projection)
+    assert torch.equal(engine.share(sketch).T, expected)
+    scaled = engine.share(sketch * torch.linspace(1, 9, sketch.shape[1]))
+    torch.testing.assert_close(scaled, engine.share(sketch))
+    other_run = SketchEngine(bundle, SketchConfig(floats=100), 6)
+    assert not torch.equal(other_run.share(sketch), engine.share(sketch))
+
+
+def test_an_empty_sketch_is_compressed_to_zeros_and_none_is_without_the_option(bundle):
+    empty = torch.zeros(12, 64)
+    assert not SketchEngine(bundle, SketchConfig(floats=8), 0).share(empty).any()
+    assert SketchEngine(bundle, SketchConfig(), 0).share(empty) is empty
+
+
+def test_more_floats_than_entries_are_refused(bundle):
+    SketchEngine(bundle, SketchConfig(floats=12 * 64), 0)
+    with pytest.raises(ConfigError, match=r"sketch.floats is 769.* only 12 x 64 entries"):
+        SketchEngine(bundle, SketchConfig(floats=769), 0)
 
 
 def test_a_round_without_samples_gives_zeros(bundle):

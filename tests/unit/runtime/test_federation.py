@@ -14,6 +14,8 @@ from fedml_plugin_fedmosaic.core.errors import ClientFailure, ConfigError, FedMo
 from fedml_plugin_fedmosaic.core.events import Event, RoundFinished, StepsDone
 from fedml_plugin_fedmosaic.core.types import AdapterState
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
+from fedml_plugin_fedmosaic.equations.gradient import column_projection, compress
+from fedml_plugin_fedmosaic.equations.relevance import unit_columns
 from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, RoundCheckpoint
 
@@ -84,6 +86,32 @@ def test_only_what_was_sent_is_counted(world: Path, tmp_path: Path) -> None:
     ours = [min(r.downlink_bytes.values()) for r in rounds if r.strategy == "fedmosaic"]
     assert local == [0, 0]
     assert all(count > 0 for count in ours)
+
+
+def test_compressed_sketches_come_from_the_running_average_of_whole_ones(
+    world: Path, tmp_path: Path
+) -> None:
+    whole, compressed = list[Event](), list[Event]()
+    raw = _run(world, tmp_path / "raw", events=whole)
+    small = _run(world, tmp_path / "small", "sketch.floats=16", events=compressed)
+    for client_id, state in small.clients.items():
+        average = raw.clients[client_id].sketch
+        assert average is not None
+        assert state.sketch is not None
+        assert state.sketch_average is not None
+        # Sketches depend on the samples only, so both runs average the same ones.
+        assert torch.equal(state.sketch_average, average)
+        projection = column_projection(average.numel(), 16, seed=1)
+        assert torch.equal(state.sketch.T, compress(unit_columns(average), projection))
+        assert raw.clients[client_id].sketch_average is None
+        saved = 4 * (average.numel() - 16)
+        for sent, all_sent in zip(_uplinks(compressed), _uplinks(whole), strict=True):
+            # The header around it, which says the shape, differs in digits.
+            assert abs(all_sent[client_id] - sent[client_id] - saved) <= 4
+
+
+def _uplinks(events: list[Event]) -> list[dict[int, int]]:
+    return [event.uplink_bytes for event in events if isinstance(event, RoundFinished)]
 
 
 def test_clients_that_sit_out_keep_their_state_and_their_samples(

@@ -33,6 +33,7 @@ def _state(client_id: int, value: float) -> ClientState:
         participations=2,
         adapter={KEY: tensor},
         sketch=torch.arange(6.0).reshape(2, 3),
+        sketch_average=torch.arange(8.0).reshape(4, 2) / 3,
         moments={KEY: Moments(step=7, first=tensor / 3, second=tensor / 7)},
         extra={"arrivals": {"seen": [1, 2]}},
     )
@@ -80,6 +81,10 @@ def test_round_trip_of_a_round(tmp_path: Path) -> None:
     assert {i: _value(state) for i, state in loaded.clients.items()} == {0: 1.0, 1: 3.0}
     state = loaded.clients[0]
     assert state.extra == {"arrivals": {"seen": [1, 2]}}
+    assert state.sketch is not None
+    assert state.sketch_average is not None
+    assert torch.equal(state.sketch, torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(state.sketch_average, torch.arange(8.0).reshape(4, 2) / 3)
     assert state.moments[KEY].step == 7
     assert torch.equal(state.moments[KEY].first, torch.full((2, 2), 1.0) / 3)
     assert torch.equal(loaded.downlinks[0][SHARE], torch.ones(2))
