@@ -7,7 +7,6 @@ the same data in the same order, the same base models and the same seeds.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
@@ -22,7 +21,6 @@ import torch
 
 from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
-from fedml_plugin_fedmosaic.config.loader import dump_experiment
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.errors import (
     FedMosaicError,
@@ -38,19 +36,13 @@ from fedml_plugin_fedmosaic.launch.allocation import check_shared
 from fedml_plugin_fedmosaic.launch.base import STARTED_FILE
 from fedml_plugin_fedmosaic.launch.env import world
 from fedml_plugin_fedmosaic.launch.topology import Topology
-from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.evaluation import BASE, evaluate_base
-from fedml_plugin_fedmosaic.runtime.folder import agree_on_folder, check_not_started
+from fedml_plugin_fedmosaic.runtime.folder import agree_on_folder, check_not_started, write_header
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
 from fedml_plugin_fedmosaic.runtime.journal import known_scores, rank_file, settle
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
 from fedml_plugin_fedmosaic.runtime.lock import holding
-from fedml_plugin_fedmosaic.runtime.resume import (
-    CLIENTS_FILE,
-    begin_again,
-    check_same_clients,
-    take_folder,
-)
+from fedml_plugin_fedmosaic.runtime.resume import begin_again, check_same_clients, take_folder
 from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
 from fedml_plugin_fedmosaic.runtime.setup import (
     check_clients,
@@ -67,7 +59,6 @@ from fedml_plugin_fedmosaic.runtime.setup import (
 from fedml_plugin_fedmosaic.runtime.signals import never
 from fedml_plugin_fedmosaic.runtime.sinks import FanOut, JsonLines
 from fedml_plugin_fedmosaic.runtime.status import say_ended, say_running
-from fedml_plugin_fedmosaic.runtime.treefile import write_atomic, write_error
 
 LOG = logging.getLogger(__name__)
 
@@ -268,27 +259,13 @@ class PreparedRun:
                 base=BASE,
                 from_round=self.from_round,
             )
-        self._write_header()
+        clients = None if self.resume else self.clients()
+        write_header(self.run_dir, self.experiment, self.topology, clients)
         say_running(self.run_dir)
 
     def _settle(self) -> None:
         settle(self.run_dir, (BASE, *strategies_of(self.experiment)))
         say_ended(self.run_dir, 0)
-
-    def _write_header(self) -> None:
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.run_dir, error) from error
-        write_atomic(self.run_dir / "config.yaml", dump_experiment(self.experiment).encode())
-        topology = json.dumps(self.topology.to_json(), indent=1)
-        write_atomic(self.run_dir / "topology.json", topology.encode())
-        if self.resume:
-            return
-        environment = collect_environment(seed=self.experiment.common.random_seed)
-        write_atomic(self.run_dir / "environment.json", json.dumps(environment, indent=1).encode())
-        clients = json.dumps(self.clients(), indent=1)
-        write_atomic(self.run_dir / CLIENTS_FILE, clients.encode())
 
     def clients(self) -> list[dict[str, Any]]:
         """What ``clients.json`` says of each client."""

@@ -1,17 +1,24 @@
-"""Which folder a run takes."""
+"""Which folder a run takes, and what it says there before it trains."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedml_plugin_fedmosaic.comm.base import Communicator
+from fedml_plugin_fedmosaic.config.loader import dump_experiment
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES, STARTED_FILE
+from fedml_plugin_fedmosaic.launch.topology import Topology
+from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.lock import check_unlocked
-from fedml_plugin_fedmosaic.runtime.resume import check_rounds
+from fedml_plugin_fedmosaic.runtime.resume import CLIENTS_FILE, check_rounds
 from fedml_plugin_fedmosaic.runtime.setup import together
+from fedml_plugin_fedmosaic.runtime.treefile import write_atomic, write_error
 
 
 def claim_run_dir(experiment: Experiment, run_dir: Path | None) -> Path:
@@ -95,3 +102,33 @@ def agree_on_folder(
         return run_dir
 
     return Path(comm.share(str(together(comm, claim)))[0])
+
+
+def write_header(
+    run_dir: Path,
+    experiment: Experiment,
+    topology: Topology,
+    clients: Sequence[Mapping[str, Any]] | None,
+) -> None:
+    """Writes what a run folder says of its run before anything is trained.
+
+    Args:
+        run_dir: made if need be.
+        experiment: the run.
+        topology: which ranks train whom.
+        clients: for ``clients.json``; None keeps that file and ``environment.json`` as they are.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(run_dir, error) from error
+    write_atomic(run_dir / STARTED_FILE, dump_experiment(experiment).encode())
+    write_atomic(run_dir / "topology.json", json.dumps(topology.to_json(), indent=1).encode())
+    if clients is None:
+        return
+    environment = collect_environment(seed=experiment.common.random_seed)
+    write_atomic(run_dir / "environment.json", json.dumps(environment, indent=1).encode())
+    write_atomic(run_dir / CLIENTS_FILE, json.dumps(clients, indent=1).encode())

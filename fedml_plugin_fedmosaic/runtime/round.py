@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.config.sections import Experiment
@@ -37,9 +39,22 @@ from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
 from fedml_plugin_fedmosaic.runtime.keeper import Keeper, Standing
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
 from fedml_plugin_fedmosaic.runtime.setup import proxy_key, share_manifests, together
-from fedml_plugin_fedmosaic.runtime.store import to_rows
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
 from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
+
+
+def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | None:
+    """A matrix as nested tuples for an event; NaN becomes None."""
+    if matrix is None:
+        return None
+    known = ~torch.isnan(matrix)
+    return tuple(
+        tuple(
+            float(value) if ok else None
+            for value, ok in zip(row.tolist(), mask.tolist(), strict=True)
+        )
+        for row, mask in zip(matrix, known, strict=True)
+    )
 
 
 def build_strategy(name: str, experiment: Experiment) -> Strategy:

@@ -22,7 +22,7 @@ from fedml_plugin_fedmosaic.launch.status import (
     RunStatus,
     read_status,
 )
-from fedml_plugin_fedmosaic.runtime.store import write_atomic
+from fedml_plugin_fedmosaic.runtime.treefile import write_atomic
 
 LOG = logging.getLogger(__name__)
 

@@ -25,10 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import CheckpointError
-from fedml_plugin_fedmosaic.core.types import ClientState, SharedTensors
+from fedml_plugin_fedmosaic.core.types import SharedTensors
+from fedml_plugin_fedmosaic.runtime.manifest import (
+    Entry,
+    entries_of,
+    noted_checksum,
+    read_json,
+    read_round,
+    round_of,
+)
 from fedml_plugin_fedmosaic.runtime.records import (
     ClientRecord,
     RoundCheckpoint,
@@ -53,9 +60,6 @@ LOG = logging.getLogger(__name__)
 
 _KINDS = ("client", "downlink", "upload", "step", "server")
 _FINISHED = "finished.json"
-
-Entry = Mapping[str, str]
-"""``{"file": name, "checksum": hex}``."""
 
 
 def _same(left: SharedTensors, right: SharedTensors) -> bool:
@@ -127,7 +131,7 @@ class CheckpointStore:
             return None
         record = client_from_tree(load_tree(path))
         if self.writes:
-            entry = {"file": path.name, "checksum": _noted_checksum(path)}
+            entry = {"file": path.name, "checksum": noted_checksum(path)}
             self._fresh.setdefault(client_id, {})["client"] = entry
         return record
 
@@ -231,11 +235,11 @@ class CheckpointStore:
         used: set[str] = set()
         try:
             for round_idx in kept[-self.keep_last :]:
-                used |= {entry["file"] for entry in _entries_of(self._manifest(round_idx))}
+                used |= {entry["file"] for entry in entries_of(self._manifest(round_idx))}
             for old in kept[: -self.keep_last]:
                 self._round_file(old).unlink()
             for path in self._files():
-                if path.name not in used and _round_of(path) <= kept[-1]:
+                if path.name not in used and round_of(path) <= kept[-1]:
                     path.unlink()
         except (CheckpointError, OSError) as error:
             # The round itself is saved; what is not cleaned up is only disk space.
@@ -263,7 +267,7 @@ class CheckpointStore:
             CheckpointError: the file is damaged.
         """
         path = self.folder / _FINISHED
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def rounds(self) -> Sequence[int]:
         """0-based rounds that have a round file, ascending."""
@@ -286,7 +290,7 @@ class CheckpointStore:
                 if round_idx > after:
                     self._round_file(round_idx).unlink()
             for path in self._files():
-                if _round_of(path) > after:
+                if round_of(path) > after:
                     path.unlink()
         except OSError as error:
             raise write_error(self.folder, error) from error
@@ -335,7 +339,7 @@ class CheckpointStore:
 
     def _manifest(self, round_idx: int) -> dict[str, Any]:
         path = self._round_file(round_idx)
-        manifest = _read_json(path)
+        manifest = read_json(path)
         check_format(path, manifest.get("format"))
         return manifest
 
@@ -350,94 +354,13 @@ class CheckpointStore:
                 hint="resume the run folder that it comes from, or start a new run",
             )
         try:
-            entries = {int(key): value for key, value in manifest["clients"].items()}
-            wanted = sorted(entries if clients is None else set(clients) & set(entries))
-            tree = self._read(manifest["server"])
-            states: dict[int, ClientState] = {}
-            uploads: dict[int, SharedTensors] = {}
-            downlinks: dict[int, SharedTensors] = {}
-            for client_id in wanted:
-                files = entries[client_id]
-                record = (
-                    client_from_tree(self._read(files["client"])) if "client" in files else None
-                )
-                if record is not None:
-                    states[client_id] = record.state
-                if "upload" in files:
-                    same = record is not None and files["upload"] == files["client"]
-                    uploads[client_id] = (
-                        record.update.tensors
-                        if same and record is not None
-                        else self._upload(files["upload"])
-                    )
-                if "downlink" in files:
-                    downlinks[client_id] = self._read(files["downlink"])
+            saved = read_round(self.folder, manifest, clients)
+            entries = {int(key): dict(value) for key, value in manifest["clients"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if remember:
-            self._entries = {client_id: dict(files) for client_id, files in entries.items()}
-        return RoundCheckpoint(
-            round_idx=round_idx,
-            num_rounds=int(manifest["num_rounds"]),
-            server=tree["server"],
-            progress=tree["progress"],
-            clients=states,
-            uploads=uploads,
-            downlinks=downlinks,
-        )
-
-    def _read(self, entry: Entry) -> Any:
-        return load_tree(self.folder / entry["file"], entry["checksum"])
-
-    def _upload(self, entry: Entry) -> SharedTensors:
-        """An upload: a file of its own, or the update inside an older client file."""
-        tree = self._read(entry)
-        if entry["file"].startswith("client-"):
-            return client_from_tree(tree).update.tensors
-        tensors: SharedTensors = tree
-        return tensors
+            self._entries = entries
+        return saved
 
 
-def _entries_of(manifest: Mapping[str, Any]) -> list[Entry]:
-    return [
-        manifest["server"],
-        *(entry for files in manifest["clients"].values() for entry in files.values()),
-    ]
-
-
-def _round_of(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2]) - 1
-
-
-def _noted_checksum(path: Path) -> str:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as stream:
-        return str(stream.metadata()["checksum"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: expected an object, got {type(found).__name__}")
-    return found
-
-
-def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | None:
-    """A matrix as nested tuples for an event; NaN becomes None."""
-    if matrix is None:
-        return None
-    known = ~torch.isnan(matrix)
-    return tuple(
-        tuple(
-            float(value) if ok else None
-            for value, ok in zip(row.tolist(), mask.tolist(), strict=True)
-        )
-        for row, mask in zip(matrix, known, strict=True)
-    )
-
-
-__all__ = ["CheckpointStore", "RoundCheckpoint", "to_rows", "write_atomic"]
+__all__ = ["CheckpointStore", "RoundCheckpoint"]

@@ -20,7 +20,8 @@ from fedml_plugin_fedmosaic.core.types import (
     UpdateHeader,
 )
 from fedml_plugin_fedmosaic.runtime.records import ClientRecord, StepRecord
-from fedml_plugin_fedmosaic.runtime.store import CheckpointStore, to_rows
+from fedml_plugin_fedmosaic.runtime.round import to_rows
+from fedml_plugin_fedmosaic.runtime.store import CheckpointStore
 
 KEY = AdapterKey(1, 3, "q_proj", Branch.LOCAL, Part.P)
 SHARE = "pq/1/q_proj/P"
