@@ -83,15 +83,19 @@ class Layout:
         """Bytes of the vector on the wire."""
         return self.numel * FLOAT_BYTES
 
-    def pack(self, tensors: SharedTensors) -> Tensor:
+    def pack(self, tensors: SharedTensors, into: Tensor | None = None) -> Tensor:
         """One contiguous float32 CPU vector of length D (a copy).
+
+        Args:
+            tensors: named tensors of this layout.
+            into: room for the vector, float32 (D,); new memory when omitted.
 
         Raises:
             PlanError: keys, shapes or dtypes are not the layout's.
         """
         if Layout.of(tensors) != self:
             raise PlanError(f"tensors do not have the layout {self.digest}: {sorted(tensors)[:5]}")
-        vector = new_floats(self.numel)
+        vector = new_floats(self.numel) if into is None else into
         for index, (key, _) in enumerate(self.entries):
             tensor = tensors[key]
             if tensor.dtype != torch.float32:

@@ -75,6 +75,7 @@ class RankedCommunicator(ABC):
         self._headers: tuple[UpdateHeader, ...] = ()
         self._owners = owners
         self._scratch = Scratch()
+        self._packed = Scratch()
 
     @abstractmethod
     def _gather(self, payload: bytes) -> list[bytes]:
@@ -176,7 +177,11 @@ class RankedCommunicator(ABC):
             routes = self.routes(plan, channel, catalogue)
             layouts = {c: route.group.layout for route in routes for c in route.group.sources}
             own = self.owned(list(layouts))
-            vectors = {client: layouts[client].pack(parts[client][channel]) for client in own}
+            room = self._packed.take([layouts[client].numel for client in own])
+            vectors = {
+                client: layouts[client].pack(parts[client][channel], into)
+                for client, into in zip(own, room, strict=True)
+            }
             move = partial(self._move, "mixing")
             mixer = ChannelMixer(routes, self.rank, vectors, move, self._scratch)
             for client, (layout, vector) in mixer.run().items():
