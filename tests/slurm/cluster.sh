@@ -56,7 +56,10 @@ install_packages() {
 
 configure() {
   local k
-  for ((k = 0; k < GPUS; k++)); do mknod -m 666 "$dir/gpu$k" c 1 3; done # as /dev/null
+  for ((k = 0; k < GPUS; k++)); do
+    rm -f "$dir/gpu$k"
+    mknod -m 666 "$dir/gpu$k" c 1 3 # as /dev/null
+  done
   echo "Name=gpu File=$dir/gpu[0-$((GPUS - 1))]" >"$dir/etc/gres.conf"
   (umask 077 && head -c 512 /dev/urandom >"$dir/etc/munge.key")
   {
