@@ -127,17 +127,24 @@ class ModelSpec:
     """MPI ranks that train a client of this model together."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """What trains it; ``auto``: DeepSpeed if ``ranks`` is more than 1, else plain PyTorch."""
+    quantization: Literal["none", "int8"] = "none"
+    """``int8``: linears with 8-bit weights (torchao), for a model that is only the proxy."""
 
     def __post_init__(self) -> None:
-        """Plain PyTorch trains on one rank.
+        """Plain PyTorch trains on one rank, and nothing trains 8-bit weights.
 
         Raises:
-            ValueError: it is given more.
+            ValueError: it is to be trained otherwise.
         """
         if self.engine == "torch" and self.ranks > 1:
             raise ValueError(
                 f"engine 'torch' trains on one rank, but ranks is {self.ranks}; "
                 "set engine: auto or deepspeed"
+            )
+        if self.quantization != "none" and self.sharded:
+            raise ValueError(
+                f"quantization {self.quantization!r} is for the proxy, whose weights are whole on "
+                "one rank; set ranks: 1 and engine: auto, or quantization: none"
             )
 
     @property

@@ -42,6 +42,7 @@ from fedml_plugin_fedmosaic.engine.processor import (
     Processor,
     bundled_features,
 )
+from fedml_plugin_fedmosaic.engine.quantize import quantise_linears
 
 BUNDLED = "bundled:"
 CACHED_TOWER = "cached_tower"
@@ -163,7 +164,12 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
             hint="the checkpoint is incomplete or belongs to another config.json",
         )
     model.requires_grad_(False)
-    model.eval().to(device)
+    model.eval()
+    if spec.quantization == "int8":
+        # The closed-form gradient reads the last down projection's weight; norms and head are not
+        # among the body's linears.
+        quantise_linears(name, model.base_model, keep=[_last_down_projection(name, model)])
+    model.to(device)
     return build_bundle(name, spec, model, source, device)
 
 
@@ -403,6 +409,13 @@ def _final_norm(text_model: nn.Module, hidden: int, name: str) -> nn.Module:
     if not norms:
         raise ConfigError(f"model {name!r}: no final normalisation of width {hidden} found")
     return norms[-1]
+
+
+def _last_down_projection(name: str, model: Any) -> nn.Module:
+    config = model.config.get_text_config()
+    layer = _decoder_layers(model.get_decoder(), config.num_hidden_layers, name)[-1]
+    path = _down_projection(layer, config.intermediate_size, config.hidden_size, name)
+    return layer.get_submodule(path)
 
 
 def _down_projection(layer: nn.Module, inner: int, hidden: int, name: str) -> str:

@@ -22,6 +22,7 @@ from fedml_plugin_fedmosaic.core.types import Branch, Pass, View
 from fedml_plugin_fedmosaic.data.base import FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.processor import Batch, Processor
+from fedml_plugin_fedmosaic.engine.quantize import check_quantised
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 
 CENTRAL_EFFORT = 6
@@ -97,6 +98,7 @@ def headroom(
             hint=f"configured: {', '.join(sorted(experiment.models)) or 'none'}",
         )
     steps = num_steps or CENTRAL_EFFORT * experiment.train.comm_round * experiment.optim.num_steps
+    check_quantised({name: experiment.models[name] for name in names}, names)
     results: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for index, name in enumerate(names):
         results[name] = _measure(experiment, data, name, steps)

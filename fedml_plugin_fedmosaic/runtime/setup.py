@@ -27,6 +27,7 @@ from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.hub import require_models
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.outline import outline_model
+from fedml_plugin_fedmosaic.engine.quantize import check_quantised
 from fedml_plugin_fedmosaic.engine.sharded import check_sharded, load_sharded_model
 from fedml_plugin_fedmosaic.launch.allocation import gpu_of_rank
 from fedml_plugin_fedmosaic.launch.topology import ClientLoad, Topology, plan_topology
@@ -59,7 +60,7 @@ def used_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelS
     """The models that the scenario and the sketches use, by name.
 
     Raises:
-        ConfigError: one of them is not in the configuration.
+        ConfigError: one of them is not in the configuration, or is quantised and cannot be.
     """
     used = sorted({client.model_id for client in data.clients})
     unknown = [name for name in used if name not in experiment.models]
@@ -76,7 +77,9 @@ def used_models(experiment: Experiment, data: FederatedData) -> dict[str, ModelS
             f"sketch_args.sketch.proxy: no model {proxy!r}; defined: {', '.join(experiment.models)}"
         )
     names = used if proxy is None or proxy in used else [*used, proxy]
-    return {name: experiment.models[name] for name in names}
+    models = {name: experiment.models[name] for name in names}
+    check_quantised(models, used)
+    return models
 
 
 def outline_models(models: Mapping[str, ModelSpec]) -> dict[str, ModelInfo]:

@@ -183,3 +183,15 @@ def image_samples(
             )
         )
     return tuple(samples)
+
+
+def linear_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the weights of all linears, with the scales of quantised ones."""
+
+    def size(weight: Any) -> int:
+        if not hasattr(weight, "__tensor_flatten__"):
+            return int(weight.nbytes)
+        return sum(size(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+
+    linears = (part for part in module.modules() if isinstance(part, torch.nn.Linear))
+    return sum(size(linear.weight) for linear in linears)

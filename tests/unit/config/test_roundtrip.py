@@ -81,6 +81,13 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 SPEC: dict[str, st.SearchStrategy[Any]] = {
     "path": TEXT.map(lambda name: f"org/{name}"),
     "engine": st.sampled_from(["auto", "deepspeed"]),  # "torch" trains on one rank
+    "quantization": st.just("none"),
+}
+PROXY: dict[str, st.SearchStrategy[Any]] = {
+    **SPEC,
+    "engine": st.sampled_from(["auto", "torch"]),
+    "ranks": st.just(1),
+    "quantization": st.just("int8"),
 }
 EXPERIMENTS = st.builds(
     Experiment,
@@ -89,7 +96,9 @@ EXPERIMENTS = st.builds(
         for name, cls in section_types().items()
         if name not in ("models", "strategy")
     },
-    models=st.dictionaries(TEXT, section(ModelSpec, **SPEC), max_size=3),
+    models=st.dictionaries(
+        TEXT, section(ModelSpec, **SPEC) | section(ModelSpec, **PROXY), max_size=3
+    ),
     strategy=st.just({}) | st.just({"temperature": 0.25, "top_k": None}),
 )
 
