@@ -34,6 +34,7 @@ def test_the_error_tree_has_one_root_and_documented_exit_codes() -> None:
         "CommError": 5,
         "LaunchError": 6,
         "CheckpointError": 7,
+        "RunInUse": 7,
         "IntegrationError": 8,
         "RunInterrupted": 75,
     }
