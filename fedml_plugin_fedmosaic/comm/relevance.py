@@ -169,6 +169,7 @@ class _Reduction:
         self.move = move
         self.scratch = scratch
         self.fresh = torch.tensor(table.fresh, dtype=torch.int64)
+        self.room: list[Tensor] = []
 
     def empty_sums(self) -> Tensor:
         return torch.zeros(len(self.fresh) + 1, len(self.table.clients), dtype=torch.float64)
@@ -275,7 +276,7 @@ class _Reduction:
 
     def sums_of(self, pieces: Sequence[Tensor]) -> Tensor:
         """Rows of the fresh clients, and the diagonal, of one segment's products."""
-        products = segment_products(pieces, self.table.kind, fresh=self.table.fresh)
+        products = segment_products(pieces, self.table.kind, fresh=self.table.fresh, room=self.room)
         sums = self.empty_sums()
         # Entries (i, j), i <= j, are valid.
         later = torch.arange(len(pieces))[None, :] >= self.fresh[:, None]

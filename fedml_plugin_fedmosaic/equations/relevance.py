@@ -29,7 +29,7 @@ _BLOCK_ELEMENTS = 1 << 24
 """Entries of all clients' column blocks together: 64 MiB in float32."""
 _PRODUCT_LENGTH = 1 << 14
 """Terms of an inner product that are summed in float32 before float64 takes over."""
-_GROUP_ELEMENTS = 1 << 18
+_GROUP_ELEMENTS = 1 << 17
 """Entries that are squared and summed at a time: second-level cache."""
 
 
@@ -110,6 +110,7 @@ def segment_products(
     *,
     fresh: Collection[int] | None = None,
     block_columns: int | None = None,
+    room: list[Tensor] | None = None,
 ) -> Tensor:
     """One segment's part of the similarities, before :func:`finish_similarity`.
 
@@ -123,6 +124,8 @@ def segment_products(
         fresh: positions whose rows and columns are wanted; all when omitted. Other entries are
             undefined, except the diagonal.
         block_columns: see :func:`column_similarity`.
+        room: a list, empty at first, that keeps the working memory for the next segment; filling
+            new memory costs as much as the products.
 
     Returns:
         (M, M) float64 on the CPU; the entries (i, j), j >= i, are valid.
@@ -132,7 +135,8 @@ def segment_products(
     """
     _check_sketches(pieces)
     wanted = None if fresh is None else frozenset(fresh)
-    return _gram(pieces, block_columns, normalise=kind == "columns", wanted=wanted)
+    kept = [] if room is None else room
+    return _gram(pieces, block_columns, kept, normalise=kind == "columns", wanted=wanted)
 
 
 def finish_similarity(total: Tensor, kind: Similarity, columns: int) -> Tensor:
@@ -160,9 +164,10 @@ def _similarity(
 ) -> Tensor:
     rows, columns = _check_sketches(sketches)
     total = torch.zeros(len(sketches), len(sketches), dtype=torch.float64)
+    room: list[Tensor] = []
     for segment in column_segments(rows, columns):
         pieces = [sketch[:, segment] for sketch in sketches]
-        total += segment_products(pieces, kind, block_columns=block_columns)
+        total += segment_products(pieces, kind, block_columns=block_columns, room=room)
     return finish_similarity(total, kind, columns)
 
 
@@ -182,6 +187,7 @@ def _check_sketches(sketches: Sequence[Tensor]) -> tuple[int, int]:
 def _gram(
     sketches: Sequence[Tensor],
     block_columns: int | None,
+    room: list[Tensor],
     *,
     normalise: bool,
     wanted: frozenset[int] | None,
@@ -193,7 +199,10 @@ def _gram(
     width = max(1, min(block_columns, columns))
     wide = any(sketch.dtype == torch.float64 for sketch in sketches)
     dtype = torch.float64 if wide else torch.float32
-    storage = torch.empty(count * rows * width, dtype=dtype, device=sketches[0].device)
+    length, device = count * rows * width, sketches[0].device
+    if not room or room[0].numel() < length or (room[0].dtype, room[0].device) != (dtype, device):
+        room[:] = [torch.empty(length, dtype=dtype, device=device)]
+    storage = room[0]
     gram = torch.zeros(count, count, dtype=torch.float64)
     pairs = _tile_pairs(count, wanted)
     for start in range(0, columns, width):
@@ -235,6 +244,12 @@ def _fill(block: Tensor, pieces: Sequence[Tensor], *, normalise: bool) -> None:
 
     def fill(first: int) -> None:
         part = block[first : first + group]
+        if group == 1 and normalise and pieces[first].dtype == block.dtype:
+            # Large pieces: one read from memory for the norms, one from the cache for the copy.
+            squares = torch.mul(pieces[first], pieces[first]).sum(dim=0)
+            inverse = squares.sqrt_().clamp_min_(_NORM_FLOOR).reciprocal_()
+            torch.mul(pieces[first], inverse, out=part[0])
+            return
         for values, piece in zip(part, pieces[first : first + group], strict=True):
             values.copy_(piece)
         if normalise:
