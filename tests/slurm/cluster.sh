@@ -139,7 +139,11 @@ up() {
   configure
   daemon munged munged --foreground --key-file="$dir/etc/munge.key" --socket="$dir/munge.socket" \
     --pid-file="$dir/munged.own.pid" --log-file="$dir/log/munged" --seed-file="$dir/state/seed"
-  until_true 30 munge --socket="$dir/munge.socket" --no-input
+  if ! until_true 30 munge --socket="$dir/munge.socket" --no-input; then
+    note "munge does not answer; every folder above $dir must be open to others (chmod 755)"
+    tail -n 5 "$dir/log/munged" >&2 || true
+    return 1
+  fi
   daemon slurmctld slurmctld -D -i
   for ((k = 1; k <= NODES; k++)); do
     mkdir -p "$dir/spool/t$k" "$dir/tmp/t$k"
