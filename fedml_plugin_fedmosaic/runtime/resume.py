@@ -131,6 +131,7 @@ def check_same_clients(run_dir: Path, clients: Sequence[Mapping[str, Any]]) -> N
     after = json.loads(json.dumps(clients))
     if before == after:
         return
+    # Different numbers of clients are named below; here those that both lists have are compared.
     changed = [
         f"client {new.get('client_id')}: {key} was {old.get(key)!r}, is {new.get(key)!r}"
         for old, new in zip(before, after, strict=False)
