@@ -47,7 +47,9 @@ class View(StrEnum):
 
     LOCAL = "local"
     GLOBAL = "global"
-    GATED = "gated"
+    GATED = "gated"  # local and global balanced: by a gate, or half and half
+    SUM = "sum"  # outputs of local and global added, in every layer
+    ENSEMBLE = "ensemble"  # logits of the local and the global model added
     BASE = "base"  # adapters off
 
 
@@ -137,6 +139,10 @@ class ClientManifest:
         tasks: names of the client's tasks, in time order.
         layouts: channel -> digest of its share keys and shapes. Clients can be mixed in a channel
             only if they have the same digest there.
+        vocabulary: digest of the tokenizer's vocabulary; logits of clients with equal ones can be
+            compared.
+        task_examples: task -> training samples.
+        modalities: task -> what its samples hold: ``text`` or ``image+text``.
     """
 
     client_id: int
@@ -148,6 +154,9 @@ class ClientManifest:
     num_examples: int
     tasks: tuple[str, ...]
     layouts: Mapping[str, str]
+    vocabulary: str = ""
+    task_examples: Mapping[str, int] = field(default_factory=dict)
+    modalities: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,12 +171,14 @@ class UpdateHeader:
         round_idx: 0-based round of the training that made the update.
         num_examples: samples used in that training.
         sketch: sanitised proxy gradient, float32 ``(rows, columns)``, or None.
+        notes: small JSON values of the strategy; every rank sees them.
     """
 
     client_id: int
     round_idx: int
     num_examples: int
     sketch: Tensor | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,14 +217,18 @@ class MixRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixingPlan:
-    """Who receives which weighted sum of whom, per channel.
+    """Who receives which weighted sum of whom, per slot.
 
-    A client without a row in a channel receives nothing there (the strategy's client half says
-    what that means). ``relevance`` and ``weights`` are for the report: ``(clients, clients)``
-    float32 with NaN where unknown; row i belongs to receiver i.
+    A slot is a channel of the uploads, unless ``slots`` says otherwise: ``slots[slot]`` is the
+    channel whose tensors are mixed, and they arrive with the slot's name in the channel's place.
+    So a client can receive several sums of one channel. A client without a row in a slot receives
+    nothing there (the strategy's client half says what that means). ``relevance`` and ``weights``
+    are for the report: ``(clients, clients)`` float32 with NaN where unknown; row i belongs to
+    receiver i.
     """
 
     rows: Mapping[str, tuple[MixRow, ...]] = field(default_factory=dict)
+    slots: Mapping[str, str] = field(default_factory=dict)
     relevance: Tensor | None = None
     weights: Tensor | None = None
 
@@ -231,6 +246,8 @@ class ClientState:
         sketch_average: the smoothed sketch if ``sketch`` is a compressed form of it.
         moments: of the tensors that were ever trained; empty unless ``optim.moments`` is "keep".
         extra: a strategy's own JSON-like values.
+        sets: named sets of adapter tensors: parts of an adapter state.
+        tensors: a strategy's own further tensors.
     """
 
     client_id: int
@@ -240,67 +257,8 @@ class ClientState:
     sketch_average: Tensor | None = None
     moments: OptimizerState = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """One local training pass over the round's batches.
-
-    Attributes:
-        name: shown in logs and metrics.
-        view: branches used in the forward pass.
-        train: branches that receive gradients (SHARED means the gate; A, B of PQ layers never).
-        num_steps: optimizer steps.
-        lr_scale: factor on the configured learning rates (round schedule).
-        loss: name of the loss plug-in.
-    """
-
-    name: str
-    view: View
-    train: frozenset[Branch]
-    num_steps: int
-    lr_scale: float = 1.0
-    loss: str = "cross_entropy"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalResult:
-    """What one pass produced.
-
-    Attributes:
-        adapter: all adapter tensors after the pass, float32 on the CPU.
-        losses: loss of each optimizer step.
-        num_examples: samples seen (repetitions counted).
-        num_tokens: supervised tokens seen.
-        duration_s: wall-clock seconds.
-        moments: of the trained tensors after the pass; empty unless ``optim.moments`` is "keep".
-    """
-
-    adapter: AdapterState
-    losses: tuple[float, ...]
-    num_examples: int
-    num_tokens: int
-    duration_s: float
-    moments: OptimizerState = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitProgress:
-    """A pass that was stopped between two optimizer steps; enough to go on bit for bit.
-
-    Attributes:
-        adapter: all adapter tensors, float32 on the CPU.
-        moments: of the trained tensors, whatever ``optim.moments`` says.
-        losses: loss of each finished step; their number is the number of finished steps.
-        num_tokens: supervised tokens seen so far.
-        duration_s: wall-clock seconds spent so far.
-    """
-
-    adapter: AdapterState
-    moments: OptimizerState
-    losses: tuple[float, ...]
-    num_tokens: int
-    duration_s: float
+    sets: Mapping[str, AdapterState] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +271,8 @@ class ClientContext:
         num_rounds: rounds of the whole run.
         num_steps: optimizer steps that this strategy may spend in this round.
         seed: root seed of the run.
+        stage: stage of the round: ``train``, or one that the strategy declares.
+        public_steps: optimizer steps of one pass over the public samples.
     """
 
     manifest: ClientManifest
@@ -320,6 +280,8 @@ class ClientContext:
     num_rounds: int
     num_steps: int
     seed: int
+    stage: str = "train"
+    public_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

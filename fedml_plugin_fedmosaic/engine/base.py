@@ -10,14 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedml_plugin_fedmosaic.core.types import (
-    AdapterState,
-    FitProgress,
-    LocalResult,
-    OptimizerState,
-    Pass,
-    View,
-)
+from fedml_plugin_fedmosaic.core.types import AdapterState, OptimizerState, View
+from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 
 

@@ -33,13 +33,11 @@ from fedml_plugin_fedmosaic.core.rng import derive_seed
 from fedml_plugin_fedmosaic.core.types import (
     AdapterKey,
     AdapterState,
-    FitProgress,
-    LocalResult,
     Moments,
     OptimizerState,
-    Pass,
     View,
 )
+from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import Score, ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.deepspeed_shards import Shards, is_partitioned, write_weights

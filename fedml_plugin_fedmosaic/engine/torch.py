@@ -25,14 +25,12 @@ from fedml_plugin_fedmosaic.core.types import (
     AdapterKey,
     AdapterState,
     Branch,
-    FitProgress,
-    LocalResult,
     Moments,
     OptimizerState,
-    Pass,
     View,
     channel_of,
 )
+from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import FitStopped, Score, ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.losses import LOSSES

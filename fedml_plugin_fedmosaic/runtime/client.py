@@ -14,12 +14,10 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientManifest,
     ClientState,
     ClientUpdate,
-    FitProgress,
-    LocalResult,
-    Pass,
     SharedTensors,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass, Work
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.base import ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.factory import make_engine
@@ -27,9 +25,10 @@ from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.equations.gradient import smooth
-from fedml_plugin_fedmosaic.runtime.alignment import Alignment, alignment_file, load_alignment
+from fedml_plugin_fedmosaic.runtime.alignment import load_alignment, wants_alignment
+from fedml_plugin_fedmosaic.runtime.alignment_files import Alignment
 from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
-from fedml_plugin_fedmosaic.strategies.base import Strategy
+from fedml_plugin_fedmosaic.strategies.base import Strategy, relative_steps
 
 
 class EnginePool:
@@ -68,10 +67,11 @@ class EnginePool:
         return self._engines[model]
 
     def _alignment(self, model: str) -> Alignment | None:
-        source = self._experiment.adapter.alignment
-        if source is None or self.adapter == "lora":
+        exp, source = self._experiment, self._experiment.adapter.alignment
+        if source is None or not wants_alignment(exp, self.adapter):
             return None
-        return load_alignment(alignment_file(source, model, self._experiment.models[model].path))
+        info = self._bundles[model].info
+        return load_alignment(source, model, exp.models[model], info, exp.adapter)
 
     def close(self) -> None:
         """Takes the adapters out of the base models."""
@@ -151,7 +151,7 @@ class ClientRunner:
 
     def context(self, round_idx: int) -> ClientContext:
         """What the client half may know in a round."""
-        steps = self._experiment.optim.num_steps * self._strategy.relative_steps
+        steps = self._experiment.optim.num_steps * relative_steps(self._strategy)
         return ClientContext(
             manifest=self.manifest,
             round_idx=round_idx,
@@ -160,7 +160,7 @@ class ClientRunner:
             seed=self._seed,
         )
 
-    def prepare(self, downlink: SharedTensors, round_idx: int) -> tuple[Pass, ...]:
+    def prepare(self, downlink: SharedTensors, round_idx: int) -> tuple[Work, ...]:
         """Takes the downlink in, draws the round's batches, and says which passes to train."""
         context = self.context(round_idx)
         self.state, passes = self._strategy.client.prepare(downlink, self.state, context)

@@ -13,6 +13,7 @@ from fedml_plugin_fedmosaic.core.events import (
     to_record,
 )
 from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
+from fedml_plugin_fedmosaic.core.work import Pass
 from fedml_plugin_fedmosaic.engine.base import FitStopped, ShouldStop
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner
@@ -147,6 +148,8 @@ class CohortTrainer:
             for event in filter(None, map(from_record, step.events)):
                 recorder(event)
         for index, pass_ in enumerate(passes[first:], start=first):
+            if not isinstance(pass_, Pass):
+                raise TypeError(f"{pass_.name!r} is no pass")
             progress = step.progress if step is not None and index == first else None
             try:
                 result = client.fit(

@@ -13,7 +13,7 @@ from fedml_plugin_fedmosaic.core.errors import CheckpointError, ConfigError
 from fedml_plugin_fedmosaic.core.types import View
 from fedml_plugin_fedmosaic.engine.models import load_model
 from fedml_plugin_fedmosaic.runtime.client import EnginePool
-from fedml_plugin_fedmosaic.runtime.round import build_strategy
+from fedml_plugin_fedmosaic.runtime.setup import build_strategy
 from fedml_plugin_fedmosaic.runtime.store import CheckpointStore
 
 

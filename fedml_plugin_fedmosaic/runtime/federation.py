@@ -43,8 +43,9 @@ from fedml_plugin_fedmosaic.runtime.journal import known_scores, rank_file, sett
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
 from fedml_plugin_fedmosaic.runtime.lock import holding
 from fedml_plugin_fedmosaic.runtime.resume import begin_again, check_same_clients, take_folder
-from fedml_plugin_fedmosaic.runtime.round import StrategyRun, build_strategy
+from fedml_plugin_fedmosaic.runtime.round import StrategyRun
 from fedml_plugin_fedmosaic.runtime.setup import (
+    build_strategy,
     check_clients,
     choose_device,
     choose_proxy,

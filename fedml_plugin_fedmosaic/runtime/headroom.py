@@ -18,7 +18,8 @@ from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.events import EvaluationProgress, EventSink
 from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.core.rng import derive_seed, python_random
-from fedml_plugin_fedmosaic.core.types import Branch, Pass, View
+from fedml_plugin_fedmosaic.core.types import Branch, View
+from fedml_plugin_fedmosaic.core.work import Pass
 from fedml_plugin_fedmosaic.data.base import FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.models import ModelBundle, load_model
 from fedml_plugin_fedmosaic.engine.processor import Batch, Processor

@@ -11,12 +11,12 @@ from fedml_plugin_fedmosaic.core.types import (
     AdapterState,
     ClientState,
     ClientUpdate,
-    FitProgress,
     Moments,
     OptimizerState,
     SharedTensors,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.core.work import FitProgress
 
 EventRecord = Mapping[str, Any]
 """An event as :func:`core.events.to_record` makes it."""

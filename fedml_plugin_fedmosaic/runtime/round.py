@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.comm.base import Communicator
@@ -21,7 +20,6 @@ from fedml_plugin_fedmosaic.core.events import (
     RoundStarted,
     RunStarted,
 )
-from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 from fedml_plugin_fedmosaic.core.types import (
     ClientUpdate,
     Relevance,
@@ -38,9 +36,14 @@ from fedml_plugin_fedmosaic.runtime.faults import FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
 from fedml_plugin_fedmosaic.runtime.keeper import Keeper, Standing
 from fedml_plugin_fedmosaic.runtime.lives import Life, open_store
-from fedml_plugin_fedmosaic.runtime.setup import proxy_key, share_manifests, together
+from fedml_plugin_fedmosaic.runtime.setup import (
+    build_strategy,
+    proxy_key,
+    share_manifests,
+    together,
+)
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
-from fedml_plugin_fedmosaic.strategies.base import ServerState, Strategy
+from fedml_plugin_fedmosaic.strategies.base import ServerState
 
 
 def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | None:
@@ -55,26 +58,6 @@ def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | Non
         )
         for row, mask in zip(matrix, known, strict=True)
     )
-
-
-def build_strategy(name: str, experiment: Experiment) -> Strategy:
-    """A strategy with its options; strategies that are only compared with take their defaults.
-
-    Raises:
-        ConfigError: unknown strategy or wrong options.
-    """
-    strategy_class = STRATEGIES[name]
-    options = dict(experiment.strategy) if name == experiment.algo else {}
-    try:
-        validated = TypeAdapter(strategy_class.Options).validate_python(options)
-    except ValidationError as error:
-        lines = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'strategy'}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise ConfigError(f"strategy_args.strategy of {name!r}: {lines}") from error
-    strategy: Strategy = strategy_class(validated)
-    return strategy
 
 
 class StrategyRun:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from fedml_plugin_fedmosaic.comm.base import Communicator
 from fedml_plugin_fedmosaic.config.sections import Experiment, ModelSpec
@@ -31,9 +32,30 @@ from fedml_plugin_fedmosaic.engine.quantize import check_quantised
 from fedml_plugin_fedmosaic.engine.sharded import check_sharded, load_sharded_model
 from fedml_plugin_fedmosaic.launch.allocation import gpu_of_rank
 from fedml_plugin_fedmosaic.launch.topology import ClientLoad, Topology, plan_topology
+from fedml_plugin_fedmosaic.strategies.base import Strategy, relative_steps
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+def build_strategy(name: str, experiment: Experiment) -> Strategy:
+    """A strategy with its options; strategies that are only compared with take their defaults.
+
+    Raises:
+        ConfigError: unknown strategy or wrong options.
+    """
+    strategy_class = STRATEGIES[name]
+    options = dict(experiment.strategy) if name == experiment.algo else {}
+    try:
+        validated = TypeAdapter(strategy_class.Options).validate_python(options)
+    except ValidationError as error:
+        lines = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'strategy'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(f"strategy_args.strategy of {name!r}: {lines}") from error
+    strategy: Strategy = strategy_class(validated)
+    return strategy
 
 
 def check_clients(experiment: Experiment, data: FederatedData) -> None:
@@ -124,7 +146,7 @@ def client_loads(
     experiment: Experiment, data: FederatedData, outlines: Mapping[str, ModelInfo]
 ) -> list[ClientLoad]:
     """What each client asks of the ranks: parameters of its model times optimizer steps."""
-    steps = experiment.optim.num_steps * STRATEGIES[experiment.algo].relative_steps
+    steps = experiment.optim.num_steps * relative_steps(build_strategy(experiment.algo, experiment))
     return [
         ClientLoad(
             client_id=client.client_id,

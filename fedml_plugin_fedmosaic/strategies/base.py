@@ -3,10 +3,17 @@
 Pure means: no files, no devices, no communication, no global state. A strategy receives plain data
 and returns plain data; the runtime trains, the communicator moves bytes.
 
-The order in a round is: ``select`` -> for each client of the cohort ``prepare`` -> (the engine
-trains each pass) -> ``finish`` -> ``plan`` over the new headers, and over the relevance that the
-communicator computed if ``similarity`` names one -> the communicator executes the plan; its result
-is the downlink of the next round.
+A round is one *stage* or several, one after the other; most strategies have one, ``train``. A stage
+goes like this: ``select`` -> for each client of the cohort ``prepare`` -> (the engine does the work
+that it returned) -> ``advance``, which may ask for more work -> ... -> ``finish`` -> ``plan`` over
+the new headers, and over the relevance that the communicator computed if ``similarity`` names one
+-> the communicator executes the plan; its result is the downlink of the next stage.
+
+After the last round the stages of ``final_stages`` run once, for every client, also for clients
+that never took part in a round; then all clients are evaluated.
+
+:class:`ClientBase` and :class:`StrategyBase` have the usual answers; a strategy inherits from them
+and writes down what is its own.
 """
 
 from __future__ import annotations
@@ -14,27 +21,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from fedml_plugin_fedmosaic.core.cost import Cost
 from fedml_plugin_fedmosaic.core.types import (
     AdapterState,
     ClientContext,
     ClientManifest,
     ClientState,
     ClientUpdate,
-    LocalResult,
     MixingPlan,
-    Pass,
     Relevance,
     SharedTensors,
     UpdateHeader,
+    View,
 )
+from fedml_plugin_fedmosaic.core.work import LocalResult, ModelRef, Result, Served, Work
 from fedml_plugin_fedmosaic.equations.relevance import Similarity
+from fedml_plugin_fedmosaic.strategies.common import draw_cohort
 
 ServerState = Mapping[str, Any]
 """Plain data: JSON values and tensors in nested dictionaries with string keys."""
 
+TRAIN = "train"
+"""The stage that every round begins with."""
+
 
 class ClientHalf(Protocol):
-    """What a client does before and after local training."""
+    """What a client does before and after local training; ``context.stage`` names the stage."""
 
     def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
         """The client's state before its first round, from freshly injected adapter tensors."""
@@ -42,11 +54,27 @@ class ClientHalf(Protocol):
 
     def prepare(
         self, downlink: SharedTensors, state: ClientState, context: ClientContext
-    ) -> tuple[ClientState, tuple[Pass, ...]]:
-        """Puts the downlink (may be empty) into the state and says how to train.
+    ) -> tuple[ClientState, tuple[Work, ...]]:
+        """Puts the downlink (may be empty) into the state and says what to do first.
 
         Raises:
             PlanError: the downlink holds a key or a shape that the client does not have.
+        """
+        ...
+
+    def advance(
+        self, results: Mapping[str, Result], state: ClientState, context: ClientContext
+    ) -> tuple[ClientState, tuple[Work, ...]]:
+        """Called when the work of the last turn is done: the next state and the next work.
+
+        Args:
+            results: by the names of the last turn's work. Trained tensors are in the state
+                already, as ``Pass.into`` says.
+            state: after the work.
+            context: of the round.
+
+        Returns:
+            The state, and further work; none ends the stage.
         """
         ...
 
@@ -57,7 +85,18 @@ class ClientHalf(Protocol):
         context: ClientContext,
         header: UpdateHeader,
     ) -> tuple[ClientUpdate, ClientState]:
-        """Turns the trained adapter into an update and the next state."""
+        """Turns what was trained into an update and the next state.
+
+        Args:
+            result: of the stage's last pass; without losses if the stage trained nothing.
+            state: after the last turn.
+            context: of the round.
+            header: with the numbers that the runtime knows; ``notes`` are the strategy's.
+        """
+        ...
+
+    def serve(self, view: str, task: str, state: ClientState) -> Served:
+        """The model that answers a task in one of the reported views."""
         ...
 
 
@@ -67,18 +106,40 @@ class Strategy(Protocol):
     Attributes:
         name: registry name.
         adapter: registry name of the adapter it trains.
-        needs_sketch: whether headers must carry a sketch.
-        relative_steps: local steps of one round relative to SFT's at equal compute.
-        eval_view: the view of a client's model that is reported.
+        needs_sketch: whether headers must carry a sketch of the proxy's gradients.
+        needs_held_out: whether clients keep samples away from training.
+        needs_public: whether the run needs public samples.
+        cost: what a local step costs; the runtime derives the steps of a round from it.
+        stages: stages of a round, in order; the first one is ``train``.
+        final_stages: stages after the last round, for all clients.
+        eval_view: the view of a client's model that is reported; ``serve`` says what it means.
+        final_views: further views that are reported after the last round.
         Options: frozen pydantic dataclass of the strategy's own options; ``strategy_args``.
     """
 
     name: ClassVar[str]
     adapter: ClassVar[str]
     needs_sketch: ClassVar[bool]
-    relative_steps: ClassVar[float]
+    needs_held_out: ClassVar[bool]
+    needs_public: ClassVar[bool]
+    final_views: ClassVar[tuple[str, ...]]
     eval_view: ClassVar[str]
     Options: ClassVar[type]
+
+    @property
+    def cost(self) -> Cost:
+        """What a local step costs, with the strategy's options."""
+        ...
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages of a round."""
+        ...
+
+    @property
+    def final_stages(self) -> tuple[str, ...]:
+        """Stages after the last round."""
+        ...
 
     @property
     def client(self) -> ClientHalf:
@@ -99,7 +160,7 @@ class Strategy(Protocol):
         ...
 
     def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
-        """The cohort: ascending client ids."""
+        """The cohort of the stage ``train``: ascending client ids."""
         ...
 
     def plan(
@@ -108,12 +169,109 @@ class Strategy(Protocol):
         headers: Sequence[UpdateHeader],
         relevance: Relevance | None = None,
     ) -> tuple[ServerState, MixingPlan]:
-        """Takes in the round's headers; returns the next state and who receives what.
+        """Takes in the headers of ``train``; returns the next state and who receives what.
 
         Args:
-            state: the state of the last round.
+            state: the state so far.
             headers: of the clients that took part, without their sketches' values.
             relevance: between these clients and everyone who took part before; None if
                 ``similarity`` is None.
         """
         ...
+
+    def select_stage(
+        self, state: ServerState, stage: str, round_idx: int, cohort: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Who takes part in a later stage: ascending client ids, all of them for a final stage.
+
+        Args:
+            state: the state so far.
+            stage: one of ``stages`` but the first, or of ``final_stages``.
+            round_idx: 0-based round; the number of rounds in a final stage.
+            cohort: of ``train`` in this round; everyone in a final stage.
+        """
+        ...
+
+    def plan_stage(
+        self, state: ServerState, stage: str, headers: Sequence[UpdateHeader]
+    ) -> tuple[ServerState, MixingPlan]:
+        """As :meth:`plan`, for a later stage."""
+        ...
+
+
+class ClientBase:
+    """Usual answers of a client half: one turn of work, views are views."""
+
+    def advance(
+        self,
+        results: Mapping[str, Result],  # noqa: ARG002 - the contract's signature
+        state: ClientState,
+        context: ClientContext,  # noqa: ARG002 - the contract's signature
+    ) -> tuple[ClientState, tuple[Work, ...]]:
+        """Nothing more to do."""
+        return state, ()
+
+    def serve(self, view: str, task: str, state: ClientState) -> Served:  # noqa: ARG002
+        """The adapter as it is, in the view of that name."""
+        return Served(model=ModelRef(view=View(view)))
+
+
+class StrategyBase:
+    """Usual answers of a server half: one stage, plain cost, no sketch, a cohort by seed.
+
+    ``select`` expects a state with ``seed`` and ``layouts`` (see ``common.layouts_by_client``).
+    """
+
+    needs_sketch: ClassVar[bool] = False
+    needs_held_out: ClassVar[bool] = False
+    needs_public: ClassVar[bool] = False
+    eval_view: ClassVar[str] = "local"
+    final_views: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def cost(self) -> Cost:
+        """One forward and one backward pass."""
+        return Cost()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Only ``train``."""
+        return (TRAIN,)
+
+    @property
+    def final_stages(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """None."""
+        return None
+
+    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
+        """A cohort drawn without replacement from seed and round."""
+        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
+
+    def select_stage(
+        self,
+        state: ServerState,  # noqa: ARG002 - the contract's signature
+        stage: str,  # noqa: ARG002 - the contract's signature
+        round_idx: int,  # noqa: ARG002 - the contract's signature
+        cohort: Sequence[int],
+    ) -> tuple[int, ...]:
+        """The cohort of ``train``; everyone in a final stage."""
+        return tuple(cohort)
+
+    def plan_stage(
+        self,
+        state: ServerState,
+        stage: str,  # noqa: ARG002 - the contract's signature
+        headers: Sequence[UpdateHeader],  # noqa: ARG002 - the contract's signature
+    ) -> tuple[ServerState, MixingPlan]:
+        """The same state; nobody receives anything."""
+        return state, MixingPlan()
+
+
+def relative_steps(strategy: Strategy) -> float:
+    """Local steps of a round relative to plain local training, at equal compute."""
+    return strategy.cost.share

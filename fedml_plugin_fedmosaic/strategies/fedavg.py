@@ -34,19 +34,17 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientManifest,
     ClientState,
     ClientUpdate,
-    LocalResult,
     MixingPlan,
     MixRow,
-    Pass,
     Relevance,
     SharedTensors,
     UpdateHeader,
     View,
 )
-from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
+from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
-    draw_cohort,
     layouts_by_client,
     receive,
     shared_tensors,
@@ -62,7 +60,7 @@ class FedAvgOptions:
     """Weights of the cohort's clients: equal, or by the samples used in the round."""
 
 
-class FedAvgClient:
+class FedAvgClient(ClientBase):
     """Starts from the average, trains, uploads everything."""
 
     def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
@@ -96,15 +94,11 @@ class FedAvgClient:
         return ClientUpdate(header=header, tensors=tensors), after
 
 
-class FedAvg:
+class FedAvg(StrategyBase):
     """One average per layout."""
 
     name: ClassVar[str] = "fedavg"
     adapter: ClassVar[str] = "lora"
-    needs_sketch: ClassVar[bool] = False
-    relative_steps: ClassVar[float] = 1.0
-    eval_view: ClassVar[str] = "local"
-    similarity: ClassVar[None] = None
     Options: ClassVar[type] = FedAvgOptions
 
     def __init__(self, options: FedAvgOptions) -> None:
@@ -123,10 +117,6 @@ class FedAvg:
             PlanError: no client, or an id twice.
         """
         return {"seed": seed, "layouts": layouts_by_client(manifests), "averages": {}}
-
-    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
-        """A cohort drawn without replacement from seed and round."""
-        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
 
     def plan(
         self,

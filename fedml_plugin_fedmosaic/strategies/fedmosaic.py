@@ -39,6 +39,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fedml_plugin_fedmosaic.core.cost import Cost
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
@@ -49,21 +50,19 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientManifest,
     ClientState,
     ClientUpdate,
-    LocalResult,
     MixingPlan,
     MixRow,
-    Pass,
     Relevance,
     SharedTensors,
     UpdateHeader,
     View,
 )
+from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
 from fedml_plugin_fedmosaic.equations.relevance import Similarity, peer_weights
-from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
     copy_local_to_global,
-    draw_cohort,
     layouts_by_client,
     receive,
     shared_tensors,
@@ -101,7 +100,7 @@ class FedMosaicOptions:
         return tuple(name for name, shared in wanted if shared and self.global_branch)
 
 
-class FedMosaicClient:
+class FedMosaicClient(ClientBase):
     """Receives the global branch, trains the local branch and the gate.
 
     Args:
@@ -155,19 +154,26 @@ class FedMosaicClient:
         return ClientUpdate(header=header, tensors=tensors), replace(state, adapter=adapter)
 
 
-class FedMosaic:
+class FedMosaic(StrategyBase):
     """A global branch of its own for every client."""
 
     name: ClassVar[str] = "fedmosaic"
     adapter: ClassVar[str] = "pq_lora"
     needs_sketch: ClassVar[bool] = True
-    relative_steps: ClassVar[float] = 0.94
     eval_view: ClassVar[str] = "gated"
     Options: ClassVar[type] = FedMosaicOptions
 
     def __init__(self, options: FedMosaicOptions) -> None:
         self.options = options
         self._client = FedMosaicClient(options)
+
+    @property
+    def cost(self) -> Cost:
+        """A proxy gradient after every tenth step: one forward pass, and one back to the inputs.
+
+        Weights are frozen but for the last linear, so that pass costs one more forward pass.
+        """
+        return Cost(sketch=0.2)
 
     @property
     def client(self) -> FedMosaicClient:
@@ -193,10 +199,6 @@ class FedMosaic:
             "known": [],
             "similarity": torch.zeros(0, 0, dtype=torch.float64),
         }
-
-    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
-        """A cohort drawn without replacement from seed and round."""
-        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
 
     def plan(
         self,

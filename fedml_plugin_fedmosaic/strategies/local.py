@@ -25,18 +25,16 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientManifest,
     ClientState,
     ClientUpdate,
-    LocalResult,
     MixingPlan,
-    Pass,
     Relevance,
     SharedTensors,
     UpdateHeader,
     View,
 )
-from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
+from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
-    draw_cohort,
     layouts_by_client,
 )
 
@@ -46,7 +44,7 @@ class LocalOptions:
     """Local training has no options."""
 
 
-class LocalClient:
+class LocalClient(ClientBase):
     """Trains the local branch on the client's own data."""
 
     def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
@@ -82,15 +80,11 @@ class LocalClient:
         return ClientUpdate(header=header, tensors={}), after
 
 
-class Local:
+class Local(StrategyBase):
     """Nobody receives anything."""
 
     name: ClassVar[str] = "local"
     adapter: ClassVar[str] = "lora"
-    needs_sketch: ClassVar[bool] = False
-    relative_steps: ClassVar[float] = 1.0
-    eval_view: ClassVar[str] = "local"
-    similarity: ClassVar[None] = None
     Options: ClassVar[type] = LocalOptions
 
     def __init__(self, options: LocalOptions) -> None:
@@ -109,10 +103,6 @@ class Local:
             PlanError: no client, or an id twice.
         """
         return {"seed": seed, "layouts": layouts_by_client(manifests)}
-
-    def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
-        """A cohort drawn without replacement from seed and round."""
-        return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
 
     def plan(
         self,

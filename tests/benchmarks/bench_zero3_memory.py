@@ -92,7 +92,8 @@ def work(folder: Path, port: int, plain: bool) -> None:
         ModelSpec,
         OptimConfig,
     )
-    from fedml_plugin_fedmosaic.core.types import Branch, Pass, ProcessWorld, View
+    from fedml_plugin_fedmosaic.core.types import Branch, ProcessWorld, View
+    from fedml_plugin_fedmosaic.core.work import Pass
     from fedml_plugin_fedmosaic.engine.deepspeed import import_deepspeed
     from fedml_plugin_fedmosaic.engine.factory import make_engine
     from fedml_plugin_fedmosaic.engine.models import load_model

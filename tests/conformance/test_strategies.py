@@ -91,7 +91,7 @@ def rows_of(plan: MixingPlan) -> dict[tuple[str, int], dict[int, float]]:
 def test_declares_what_the_runtime_reads(strategy: Any) -> None:
     assert STRATEGIES[strategy.name] is type(strategy)
     assert strategy.adapter in ADAPTERS
-    assert 0 < strategy.relative_steps <= 1
+    assert 0 < strategy.cost.share <= 1
     assert View(strategy.eval_view) in View
 
 

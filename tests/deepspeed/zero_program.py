@@ -28,7 +28,8 @@ from fedml_plugin_fedmosaic.config.sections import (
     OptimConfig,
 )
 from fedml_plugin_fedmosaic.core.errors import AdapterError, DataError
-from fedml_plugin_fedmosaic.core.types import AdapterState, Branch, Pass, ProcessWorld, View
+from fedml_plugin_fedmosaic.core.types import AdapterState, Branch, ProcessWorld, View
+from fedml_plugin_fedmosaic.core.work import Pass
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import FitStopped
 from fedml_plugin_fedmosaic.engine.factory import make_engine

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fedml_plugin_fedmosaic.core.types import AdapterState, LocalResult, Pass
+from fedml_plugin_fedmosaic.core.types import AdapterState
+from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 

@@ -18,15 +18,14 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientContext,
     ClientManifest,
     ClientState,
-    LocalResult,
     MixingPlan,
     MixRow,
     Part,
-    Pass,
     Relevance,
     UpdateHeader,
     channel_of,
 )
+from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
 
 RANK = 3
 MODULE = "q_proj"

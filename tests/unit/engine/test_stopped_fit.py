@@ -17,7 +17,8 @@ from fedml_plugin_fedmosaic.config.sections import (
     OptimConfig,
 )
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.core.types import AdapterState, Branch, FitProgress, Pass, View
+from fedml_plugin_fedmosaic.core.types import AdapterState, Branch, View
+from fedml_plugin_fedmosaic.core.work import FitProgress, Pass
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.engine.base import FitStopped
 from fedml_plugin_fedmosaic.engine.models import load_model

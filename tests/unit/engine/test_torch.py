@@ -14,7 +14,8 @@ from fedml_plugin_fedmosaic.config.sections import (
     SketchConfig,
 )
 from fedml_plugin_fedmosaic.core.errors import AdapterError, ConfigError, RegistryError
-from fedml_plugin_fedmosaic.core.types import Branch, Pass, View
+from fedml_plugin_fedmosaic.core.types import Branch, View
+from fedml_plugin_fedmosaic.core.work import Pass
 from fedml_plugin_fedmosaic.data.base import TaskSpec
 from fedml_plugin_fedmosaic.engine.models import load_model
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine

@@ -14,11 +14,11 @@ from fedml_plugin_fedmosaic.core.types import (
     Branch,
     ClientState,
     ClientUpdate,
-    FitProgress,
     Moments,
     Part,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.core.work import FitProgress
 from fedml_plugin_fedmosaic.runtime.records import ClientRecord, StepRecord
 from fedml_plugin_fedmosaic.runtime.round import to_rows
 from fedml_plugin_fedmosaic.runtime.store import CheckpointStore
