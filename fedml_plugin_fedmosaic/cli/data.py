@@ -1,4 +1,4 @@
-"""``fedmosaic data headroom|fetch``."""
+"""``fedmosaic data headroom|schedule|fetch``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,26 @@ def headroom(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
     else:
         table = measure(experiment, ())
     print_table(table, console)
+
+
+@command.command()
+@config_options
+@debug_option
+def schedule(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
+    """Show when samples arrive and which clients are away, before anything is trained.
+
+    \b
+    Examples:
+      fedmosaic data schedule
+      fedmosaic data schedule --set shift.label_alpha=0.3 --set shift.leave_rate=0.2
+    """
+    from fedml_plugin_fedmosaic.cli.tables import print_table
+    from fedml_plugin_fedmosaic.config.loader import load_experiment
+    from fedml_plugin_fedmosaic.core.registry import DATASETS
+    from fedml_plugin_fedmosaic.runtime.attendance import schedule_table
+
+    experiment = load_experiment(cf, overrides)
+    print_table(schedule_table(experiment, DATASETS[experiment.data.source](experiment.data)))
 
 
 @command.command()

@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from fedml_plugin_fedmosaic.config.shift import ShiftConfig
+
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -396,6 +398,7 @@ class Experiment:
     tracking: TrackingArgs = Field(default_factory=TrackingArgs)
     dp: PrivacyConfig = Field(default_factory=PrivacyConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    shift: ShiftConfig = Field(default_factory=ShiftConfig)
     models: Mapping[str, ModelSpec] = Field(default_factory=dict)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -423,6 +426,7 @@ SECTION_OF: Mapping[str, tuple[str, str | None]] = {
     "tracking": ("tracking_args", None),
     "dp": ("dp_args", None),
     "data": ("data_args", "data"),
+    "shift": ("shift_args", "shift"),
     "models": ("model_args", "models"),
     "adapter": ("adapter_args", "adapter"),
     "optim": ("optim_args", "optim"),

@@ -37,12 +37,14 @@ class Sample:
         task: name of the task.
         turns: conversation texts, user first, alternating; ``<image>`` marks stand for images.
         images: files in the order of the marks.
+        attributes: further fields of the sample with one value each, by name.
     """
 
     sample_id: str
     task: str
     turns: tuple[str, ...]
     images: tuple[Path, ...] = ()
+    attributes: tuple[tuple[str, str | int | float], ...] = ()
 
     @property
     def prompt(self) -> str:

@@ -6,9 +6,9 @@ Layout below ``root``::
     scenarios/<name>.json                                  (or any path)
 
 A sample is ``{"conversations": [{"value": text}, ...], "image": path | [path, ...]}``: even turns
-are the user's, odd ones the assistant's, other keys are ignored. Nothing is decoded here: reading
-tens of thousands of rows takes seconds, and an image that does not decode is reported when it is
-first used.
+are the user's, odd ones the assistant's; further keys with a text or a number become the sample's
+attributes. Nothing is decoded here: reading tens of thousands of rows takes seconds, and an image
+that does not decode is reported when it is first used.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fedml_plugin_fedmosaic.data.prompt import IMAGE_MARK
 from fedml_plugin_fedmosaic.data.scenario import DUMMY, ScenarioClient, read_scenario
 
 _MAX_REPORTED = 5
+_OWN_FIELDS = {"id", "conversations", "image"}
 
 Split = Literal["train", "test"]
 
@@ -211,6 +212,7 @@ class _Reader:
             task=task.name,
             turns=turns,
             images=tuple(path for path in paths if path is not None),
+            attributes=_attributes(row),
         )
 
     def _image(self, name: str) -> Path | None:
@@ -229,6 +231,15 @@ def _unique_id(value: object, index: int, used: set[str]) -> str:
         text = f"row-{index}"
     used.add(text)
     return text
+
+
+def _attributes(row: Mapping[str, Any]) -> tuple[tuple[str, str | int | float], ...]:
+    """The row's further fields with a text or a number."""
+    return tuple(
+        (str(name), value)
+        for name, value in row.items()
+        if name not in _OWN_FIELDS and isinstance(value, str | int | float)
+    )
 
 
 def _turns(value: object, split: Split, where: str) -> tuple[str, ...] | _Problem:

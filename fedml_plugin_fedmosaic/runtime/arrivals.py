@@ -10,6 +10,7 @@ from fedml_plugin_fedmosaic.core.errors import CheckpointError, ConfigError, Dat
 from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.data.base import ClientData, Sample
 from fedml_plugin_fedmosaic.data.partition import split_dynamic, split_static
+from fedml_plugin_fedmosaic.data.shifts import arrivals
 from fedml_plugin_fedmosaic.data.stream import OnlineMemory, SeededDraws, stream_only
 
 
@@ -31,6 +32,7 @@ class Arrivals:
     def __init__(self, data: ClientData, experiment: Experiment) -> None:
         self._client_id = data.client_id
         self._config = experiment.data
+        self._shift = experiment.shift
         self._batch_size = experiment.optim.batch_size * experiment.optim.grad_accumulation
         self._seed = experiment.common.random_seed
         self._samples: dict[str, Sample] = {
@@ -57,6 +59,8 @@ class Arrivals:
                 hint="leave rounds_per_task out to spread the tasks over all rounds",
             )
         try:
+            if self._shift.moves_data:
+                return self._shifted(data, num_rounds)
             if self._config.split == "static":
                 shares = split_static(ids, num_rounds, rng)
             else:
@@ -64,6 +68,23 @@ class Arrivals:
         except DataError as error:
             raise DataError(f"client {data.client_id}: {error.message}", hint=error.hint) from error
         return [share.items for share in shares]
+
+    def _shifted(self, data: ClientData, num_rounds: int) -> list[tuple[str, ...]]:
+        rounds = arrivals(
+            data, num_rounds=num_rounds, data=self._config, shift=self._shift, seed=self._seed
+        )
+        empty = [index + 1 for index, items in enumerate(rounds) if not items]
+        if empty and self._config.stream == "stream_only":
+            raise DataError(
+                f"no sample arrives in round {', '.join(map(str, empty[:8]))} of {num_rounds}",
+                hint="stream: memory draws from what arrived before",
+            )
+        return [tuple(f"{task}/{position}" for task, position in items) for items in rounds]
+
+    @property
+    def first_round(self) -> int | None:
+        """0-based round in which the first sample arrives; None for never."""
+        return next((index for index, items in enumerate(self._rounds) if items), None)
 
     def batches(self, round_idx: int, num_steps: int) -> Sequence[Sequence[Sample]]:
         """The batches of a round, one per optimizer step; call once per round, in order."""

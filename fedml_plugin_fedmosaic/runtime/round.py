@@ -29,6 +29,7 @@ from fedml_plugin_fedmosaic.core.types import (
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
+from fedml_plugin_fedmosaic.runtime.attendance import Attendance
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner, EnginePool, build_clients
 from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
@@ -88,6 +89,7 @@ class StrategyRun:
         self.num_rounds = experiment.train.comm_round
         self.clients_per_round = experiment.train.client_num_per_round or len(data.clients)
         self.strategy = build_strategy(name, experiment)
+        self.attendance = Attendance(experiment, data)
         self.pool = EnginePool(experiment, bundles, self.strategy.adapter)
         # Only ranks that compute sketches have loaded it.
         self.proxy = bundles.get(proxy_key(proxy), bundles.get(proxy))
@@ -128,6 +130,7 @@ class StrategyRun:
             FedMosaicError: models, adapters, data and strategy do not fit together, on any rank.
         """
         strategy = build_strategy(name, experiment)
+        Attendance(experiment, data)
         pool = EnginePool(experiment, bundles, strategy.adapter)
         owned = comm.owned([client.client_id for client in data.clients])
         try:
@@ -190,7 +193,8 @@ class StrategyRun:
     ) -> None:
         began = time.perf_counter()
         self.hooks.begin_round(round_idx)
-        cohort = self.strategy.select(standing.server, round_idx, self.clients_per_round)
+        chosen = self.strategy.select(standing.server, round_idx, self.clients_per_round)
+        cohort = self.attendance.cohort(chosen, round_idx)
         self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
         self.guard.begin_round(standing.uploads)
         trained = {client_id: mine[client_id] for client_id in cohort if client_id in mine}
