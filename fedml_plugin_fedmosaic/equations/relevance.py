@@ -21,16 +21,17 @@ Similarity = Literal["columns", "flat"]
 """``columns``: see :func:`column_similarity`; ``flat``: see :func:`flat_similarity`."""
 
 _NORM_FLOOR = 1e-12
-_MAX_SEGMENTS = 64
+_MAX_SEGMENTS = 16
 _SEGMENT_ELEMENTS = 1 << 12
 _SEGMENT_STEP = 16
 _TILE_CLIENTS = 32
-_BLOCK_ELEMENTS = 1 << 24
-"""Entries of all clients' column blocks together: 64 MiB in float32."""
-_PRODUCT_LENGTH = 1 << 14
-"""Terms of an inner product that are summed in float32 before float64 takes over."""
-_GROUP_ELEMENTS = 1 << 17
-"""Entries that are squared and summed at a time: second-level cache."""
+_BLOCK_COLUMNS = 1 << 12
+_TILE_ENTRIES = 1 << 14
+"""Entries of one client in a tile, and terms of an inner product that are summed in float32 before
+float64 takes over."""
+_ALL_ENTRIES = 1 << 21
+"""Entries of all clients in a tile, from where on a client has fewer: they stay in the cache."""
+_LEAST_ENTRIES = 1 << 12
 
 
 def column_similarity(sketches: Sequence[Tensor], block_columns: int | None = None) -> Tensor:
@@ -44,7 +45,7 @@ def column_similarity(sketches: Sequence[Tensor], block_columns: int | None = No
         sketches: N >= 1 tensors (rows, columns) of one shape; float64 is computed in float64,
             anything else in float32. Norms are floored at 1e-12, so a zero column counts as
             cosine 0, even with itself.
-        block_columns: columns per block; about 64 MiB in all when omitted.
+        block_columns: columns per block; at most 4,096 when omitted.
 
     Returns:
         (N, N) float64 on the CPU, exactly symmetric, in [-1, 1] up to rounding.
@@ -97,7 +98,7 @@ def column_segments(rows: int, columns: int) -> tuple[slice, ...]:
     """The column ranges whose inner products are summed one after the other.
 
     They depend on the shape of a sketch only, so the sum has the same bits whoever computes which
-    segment: at most 64, none below 4,096 entries (except the last), bounds at multiples of 16.
+    segment: at most 16, none below 4,096 entries (except the last), bounds at multiples of 16.
     """
     width = max(-(-columns // _MAX_SEGMENTS), -(-_SEGMENT_ELEMENTS // rows))
     width = -(-width // _SEGMENT_STEP) * _SEGMENT_STEP
@@ -124,8 +125,8 @@ def segment_products(
         fresh: positions whose rows and columns are wanted; all when omitted. Other entries are
             undefined, except the diagonal.
         block_columns: see :func:`column_similarity`.
-        room: a list, empty at first, that keeps the working memory for the next segment; filling
-            new memory costs as much as the products.
+        room: a list, empty at first, that keeps the working memory (8 to 16 MB per thread) for the
+            next segment.
 
     Returns:
         (M, M) float64 on the CPU; the entries (i, j), j >= i, are valid.
@@ -192,25 +193,77 @@ def _gram(
     normalise: bool,
     wanted: frozenset[int] | None,
 ) -> Tensor:
-    """Upper triangle (in tiles) of the inner products of the flattened sketches."""
+    """Upper triangle (in tiles) of the inner products of the flattened sketches.
+
+    Two reads from memory and no write: one for the lengths of the columns, one that scales a tile
+    of all clients into the cache, where it is multiplied.
+    """
     count, (rows, columns) = len(sketches), _check_sketches(sketches)
-    if block_columns is None:
-        block_columns = max(64, _BLOCK_ELEMENTS // (count * rows) // 64 * 64)
-    width = max(1, min(block_columns, columns))
+    width = max(1, min(block_columns or _BLOCK_COLUMNS, columns))
     wide = any(sketch.dtype == torch.float64 for sketch in sketches)
     dtype = torch.float64 if wide else torch.float32
-    length, device = count * rows * width, sketches[0].device
-    if not room or room[0].numel() < length or (room[0].dtype, room[0].device) != (dtype, device):
-        room[:] = [torch.empty(length, dtype=dtype, device=device)]
-    storage = room[0]
+    entries = min(_TILE_ENTRIES, max(_LEAST_ENTRIES, _ALL_ENTRIES // count))
+    height = min(rows, max(1, entries // width))
     gram = torch.zeros(count, count, dtype=torch.float64)
     pairs = _tile_pairs(count, wanted)
     for start in range(0, columns, width):
-        size = min(width, columns - start)
-        block = storage[: count * rows * size].view(count, rows, size)
-        _fill(block, [sketch[:, start : start + size] for sketch in sketches], normalise=normalise)
-        _add_products(gram, block.view(count, rows * size), pairs)
+        pieces = [sketch[:, start : start + width] for sketch in sketches]
+        scales = _inverse_norms(pieces, dtype) if normalise else None
+
+        def products(
+            top: int, pieces: list[Tensor] = pieces, scales: Tensor | None = scales
+        ) -> list[Tensor]:
+            tile = _take(room, count * height * width, dtype, pieces[0].device)
+            made = _tile_products(pieces, scales, slice(top, top + height), tile, pairs)
+            room.append(tile)
+            return made
+
+        for made in in_order(products, range(0, rows, height)):
+            for (upper, lower), product in zip(pairs, made, strict=True):
+                gram[upper, lower] += product
     return gram
+
+
+def _take(room: list[Tensor], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Working memory that no other thread has; of the kept kind if it fits."""
+    while room:
+        kept = room.pop()
+        if kept.numel() >= length and (kept.dtype, kept.device) == (dtype, device):
+            return kept
+    return torch.empty(length, dtype=dtype, device=device)
+
+
+def _inverse_norms(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(N, 1, width): what the columns of each piece are multiplied by to have length 1."""
+
+    def squares(piece: Tensor) -> Tensor:
+        values = piece.to(dtype)
+        return torch.mul(values, values).sum(dim=0)
+
+    lengths = torch.stack(list(in_order(squares, pieces))).sqrt_()
+    return lengths.clamp_min_(_NORM_FLOOR).reciprocal_()[:, None, :]
+
+
+def _tile_products(
+    pieces: Sequence[Tensor],
+    scales: Tensor | None,
+    rows: slice,
+    storage: Tensor,
+    pairs: Sequence[tuple[slice, slice]],
+) -> list[Tensor]:
+    """Inner products of some rows of all pieces, scaled, for each pair of client tiles."""
+    parts = [piece[rows] for piece in pieces]
+    height, width = parts[0].shape
+    tile = storage[: len(parts) * height * width].view(len(parts), height, width)
+    if parts[0].dtype == tile.dtype and len({part.dtype for part in parts}) == 1:
+        torch.stack(parts, out=tile)
+    else:
+        for values, part in zip(tile, parts, strict=True):
+            values.copy_(part)
+    if scales is not None:
+        tile.mul_(scales)
+    flat = tile.view(len(parts), height * width)
+    return [torch.mm(flat[upper], flat[lower].T).cpu() for upper, lower in pairs]
 
 
 def _tile_pairs(count: int, wanted: frozenset[int] | None) -> list[tuple[slice, slice]]:
@@ -223,41 +276,6 @@ def _tile_pairs(count: int, wanted: frozenset[int] | None) -> list[tuple[slice, 
         for lower in range(upper, len(tiles))
         if upper == lower or used[upper] or used[lower]
     ]
-
-
-def _add_products(gram: Tensor, flat: Tensor, pairs: Sequence[tuple[slice, slice]]) -> None:
-    """Adds the inner products of the rows of ``flat``, tile by tile."""
-
-    def products(at: int) -> list[Tensor]:
-        piece = flat[:, at : at + _PRODUCT_LENGTH]
-        return [torch.mm(piece[upper], piece[lower].T).cpu() for upper, lower in pairs]
-
-    for made in in_order(products, range(0, flat.shape[1], _PRODUCT_LENGTH)):
-        for (upper, lower), product in zip(pairs, made, strict=True):
-            gram[upper, lower] += product
-
-
-def _fill(block: Tensor, pieces: Sequence[Tensor], *, normalise: bool) -> None:
-    """Copies (rows, size) pieces into (N, rows, size), columns scaled to length 1 if asked."""
-    count, rows, size = block.shape
-    group = max(1, _GROUP_ELEMENTS // (rows * size))
-
-    def fill(first: int) -> None:
-        part = block[first : first + group]
-        if group == 1 and normalise and pieces[first].dtype == block.dtype:
-            # Large pieces: one read from memory for the norms, one from the cache for the copy.
-            squares = torch.mul(pieces[first], pieces[first]).sum(dim=0)
-            inverse = squares.sqrt_().clamp_min_(_NORM_FLOOR).reciprocal_()
-            torch.mul(pieces[first], inverse, out=part[0])
-            return
-        for values, piece in zip(part, pieces[first : first + group], strict=True):
-            values.copy_(piece)
-        if normalise:
-            norms = torch.mul(part, part).sum(dim=1, keepdim=True).sqrt_()
-            part.mul_(norms.clamp_min_(_NORM_FLOOR).reciprocal_())
-
-    for _ in in_order(fill, range(0, count, group)):
-        pass
 
 
 def _finish(similarity: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import torch
 
 from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
 from fedml_plugin_fedmosaic.config.loader import load_experiment
+from fedml_plugin_fedmosaic.core.events import RoundFinished, from_record
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.runtime.federation import prepare_run
@@ -120,8 +121,8 @@ def shares(settings: list[str]) -> None:
 
 def rounds_of(run_dir: Path) -> list[float]:
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return [record["duration_s"] for record in records if record["event"] == "round_finished"]
+    events = [from_record(json.loads(line)) for line in lines]
+    return [event.duration_s for event in events if isinstance(event, RoundFinished)]
 
 
 def command(ranks: int, settings: list[str], run_dir: Path) -> list[str]:
