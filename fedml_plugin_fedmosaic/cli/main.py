@@ -25,6 +25,7 @@ _COMMANDS = {
     "jobs": (f"{_ROOT}.jobs:command", "List jobs and what became of them."),
     "logs": (f"{_ROOT}.logs:command", "Show what a job writes."),
     "cancel": (f"{_ROOT}.cancel:command", "End a job."),
+    "align": (f"{_ROOT}.align:command", "Give different models common coordinates."),
     "export": (f"{_ROOT}.export:command", "Write a client's model as a plain LoRA adapter."),
     "config": (f"{_ROOT}.config:command", "Check, show and explain configurations."),
     "data": (f"{_ROOT}.data:command", "Look at, or fetch, the data of an experiment."),

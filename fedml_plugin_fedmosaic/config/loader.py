@@ -282,10 +282,11 @@ def _check_relations(document: Document, experiment: Experiment, failed: frozens
             _path_of("train", "client_num_per_round"),
             f"must be <= client_num_in_total ({total}) (got {drawn})",
         )
-    proxy = experiment.sketch.proxy
-    if proxy is not None and proxy not in models and "models" not in failed:
-        text = f"no model {proxy!r} in model_args.models; defined: {', '.join(models) or 'none'}"
-        document.report(_path_of("sketch", "proxy"), text)
+    for field, key in (("sketch", "proxy"), ("adapter", "anchor")):
+        name = getattr(getattr(experiment, field), key)
+        if name is not None and name not in models and "models" not in failed:
+            text = f"no model {name!r} in model_args.models; defined: {', '.join(models) or 'none'}"
+            document.report(_path_of(field, key), text)
     for field, key in (("data", "root"), ("data", "scenario"), ("adapter", "alignment")):
         if getattr(getattr(experiment, field), key) == "":
             document.report(_path_of(field, key), "must not be empty")

@@ -182,7 +182,9 @@ class AdapterConfig:
     )
     """Linears of every decoder layer that carry an adapter."""
     alignment: str | None = None
-    """Folder with aligned A and B per model; ``bundled`` takes the ones beside bundled models."""
+    """Folder that ``fedmosaic align`` wrote; ``bundled`` takes the files beside bundled models."""
+    anchor: str | None = None
+    """Model whose coordinates ``fedmosaic align`` gives to the others; the smallest when omitted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -90,6 +90,20 @@ def sample_file(root: Path, task: TaskSpec, split: Split) -> Path:
     return root / "dataset" / task.dataset / split / f"dataset-{task.subset_id}.json"
 
 
+def read_file(path: Path, root: Path, task: str) -> tuple[Sample, ...]:
+    """The samples of one file outside any scenario, with all their turns.
+
+    Args:
+        path: JSON list of samples.
+        root: folder that image paths are relative to.
+        task: name that the samples get.
+
+    Raises:
+        DataError: the file or a sample is missing or wrong.
+    """
+    return _Reader(root).read_file(path, task, "train")
+
+
 def _client(client: ScenarioClient, train: Mapping[str, tuple[Sample, ...]]) -> ClientData:
     return ClientData(
         client_id=client.client_id,
@@ -166,7 +180,10 @@ class _Reader:
 
     def read(self, task: TaskSpec, split: Split) -> tuple[Sample, ...]:
         """All samples of one task and split, checked."""
-        path = sample_file(self.root, task, split)
+        return self.read_file(sample_file(self.root, task, split), task.name, split)
+
+    def read_file(self, path: Path, task: str, split: Split) -> tuple[Sample, ...]:
+        """All samples of one file, checked."""
         rows = _read_rows(path, task)
         samples: list[Sample] = []
         problems: list[_Problem] = []
@@ -182,7 +199,7 @@ class _Reader:
         return tuple(samples)
 
     def _sample(
-        self, row: object, index: int, task: TaskSpec, split: Split, used_ids: set[str]
+        self, row: object, index: int, task: str, split: Split, used_ids: set[str]
     ) -> Sample | _Problem:
         where = f"sample {index}"
         if not isinstance(row, dict):
@@ -209,7 +226,7 @@ class _Reader:
             return _Problem(where, f"image file {missing[0]!r} below the data root", "no such file")
         return Sample(
             sample_id=_unique_id(row.get("id"), index, used_ids),
-            task=task.name,
+            task=task,
             turns=turns,
             images=tuple(path for path in paths if path is not None),
             attributes=_attributes(row),
@@ -267,12 +284,12 @@ def _kind(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _read_rows(path: Path, task: TaskSpec) -> list[Any]:
+def _read_rows(path: Path, task: str) -> list[Any]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"task {task.name!r}: expected file {str(path)!r}, got nothing there",
+            f"task {task!r}: expected file {str(path)!r}, got nothing there",
             hint="check the data root and the scenario's dataset and subset_id",
         ) from None
     except json.JSONDecodeError as error:

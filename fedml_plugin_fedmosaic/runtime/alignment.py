@@ -1,219 +1,142 @@
-"""Makes and reads alignment files: aligned A and B of PQ layers, per model.
-
-One safetensors file per model; keys ``<block>/<module>/A`` (r, d_in) and ``<block>/<module>/B``
-(d_out, r), float32. The observed models run frozen, without adapters, on public samples; only
-second moments are kept, so any number of samples passes in constant memory.
-"""
+"""Aligned A and B for a run: found by ``adapter.alignment``, and checked to be the right ones."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
+from fedml_plugin_fedmosaic.config.sections import AdapterConfig, Experiment, ModelSpec
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.data.base import Sample
-from fedml_plugin_fedmosaic.engine.models import ModelBundle
-from fedml_plugin_fedmosaic.equations.alignment import (
-    explained_fraction,
-    leading_directions,
-    nearest_row_orthonormal,
-    ridge,
+from fedml_plugin_fedmosaic.core.registry import STRATEGIES
+from fedml_plugin_fedmosaic.engine.base import ModelInfo
+from fedml_plugin_fedmosaic.engine.fingerprint import model_fingerprint
+from fedml_plugin_fedmosaic.runtime.alignment_files import (
+    Alignment,
+    AlignmentManifest,
+    manifest_path,
+    read_manifest,
+    read_tensors,
+    tensors_path,
 )
-from fedml_plugin_fedmosaic.equations.blocks import block_end_layers
+from fedml_plugin_fedmosaic.runtime.alignment_regression import FILE_NAME
 
-LOG = logging.getLogger(__name__)
-FILE_NAME = "alignment.safetensors"
-
-Alignment = dict[str, Tensor]
+BUNDLED = "bundled"
+_MAKE = "make it with 'fedmosaic align --cf FILE'"
 
 
-class _Observer:
-    """Keeps inputs and outputs of the linears at block ends for one forward pass."""
-
-    def __init__(self, bundle: ModelBundle, modules: Sequence[str], num_blocks: int) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-        ends = block_end_layers(bundle.num_layers, num_blocks)
-        for block, layer in enumerate(ends):
-            found = dict(bundle.decoder_layers[layer].named_modules())
-            by_short_name = {
-                name.rpartition(".")[2]: module
-                for name, module in found.items()
-                if isinstance(module, nn.Linear)
-            }
-            for name in modules:
-                if name not in by_short_name:
-                    raise AdapterError(
-                        f"model {bundle.info.name!r}: layer {layer} has no linear {name!r}; "
-                        f"it has {', '.join(sorted(by_short_name))}"
-                    )
-                self._watch(f"{block}/{name}", by_short_name[name])
-
-    def _watch(self, key: str, linear: nn.Module) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.inputs[key] = args[0].detach()
-            self.outputs[key] = output.detach()
-
-        self._handles.append(linear.register_forward_hook(hook))
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+def wants_alignment(experiment: Experiment, adapter: str) -> bool:
+    """Whether a strategy with this adapter takes aligned A and B."""
+    return experiment.adapter.alignment is not None and adapter != "lora"
 
 
-def _add(store: dict[str, Tensor], key: str, value: Tensor) -> None:
-    store[key] = store[key] + value if key in store else value
-
-
-def align_models(
-    anchor: ModelBundle,
-    others: Sequence[ModelBundle],
-    batches: Sequence[Sequence[Sample]],
-    *,
-    rank: int,
-    num_blocks: int,
-    modules: Sequence[str],
-) -> tuple[dict[str, Alignment], dict[str, dict[str, float]]]:
-    """Aligned factors for an anchor and other models that share its tokenizer.
+def load_alignment(
+    source: str, name: str, spec: ModelSpec, info: ModelInfo, adapter: AdapterConfig
+) -> Alignment:
+    """Aligned A and B of one model.
 
     Args:
-        anchor: the model whose coordinates all others take.
-        others: models to align; their token positions must correspond to the anchor's.
-        batches: public samples.
-        rank: adapter rank r.
-        num_blocks: blocks N_B.
-        modules: short names of the adapted linears.
+        source: ``bundled``, or the folder that ``fedmosaic align`` wrote.
+        name: the model's name in the configuration.
+        spec: of the model.
+        info: what it is.
+        adapter: rank, blocks and modules that the tensors must have.
 
     Returns:
-        Model name -> factors, and model name -> explained fraction per ``<block>/<module>/A|B``.
+        ``<block>/<module>/A`` (r, d_in) and ``/B`` (d_out, r).
 
     Raises:
-        AdapterError: a model lacks a module, or token positions do not correspond.
+        AdapterError: a file is missing, damaged, or made for something else.
     """
-    bundles = [anchor, *others]
-    observers = [_Observer(bundle, modules, num_blocks) for bundle in bundles]
-    moments: dict[str, Tensor] = {}
-    try:
-        for batch in batches:
-            masks = []
-            for bundle in bundles:
-                inputs = bundle.processor.encode_train(batch)
-                masks.append(inputs["attention_mask"].bool())
-                with torch.no_grad():
-                    bundle.model(**{k: v for k, v in inputs.items() if k != "labels"})
-            if any(mask.shape != masks[0].shape or (mask != masks[0]).any() for mask in masks):
-                raise AdapterError(
-                    "the models to align do not cut the samples into the same tokens",
-                    hint="this closed form needs models with one tokenizer",
-                )
-            for bundle, observer in zip(bundles, observers, strict=True):
-                _accumulate(moments, bundle, observer, anchor, observers[0], masks[0])
-    finally:
-        for observer in observers:
-            observer.close()
-    return _solve(moments, anchor, others, rank)
+    if source == BUNDLED:
+        # Beside the model, without a manifest: only the shapes are checked, by the adapter.
+        return read_tensors(_bundled_file(spec.path))
+    found = fitting_manifest(Path(source), name, spec, info, adapter)
+    return read_tensors(tensors_path(Path(source), name), found.sha256)
 
 
-def _accumulate(
-    moments: dict[str, Tensor],
-    bundle: ModelBundle,
-    observer: _Observer,
-    anchor: ModelBundle,
-    anchor_observer: _Observer,
-    mask: Tensor,
-) -> None:
-    name = bundle.info.name
-    for key in observer.inputs:
-        x, y = observer.inputs[key][mask].double(), observer.outputs[key][mask].double()
-        _add(moments, f"{name}|xx|{key}", x.T @ x)
-        _add(moments, f"{name}|yy|{key}", y.T @ y)
-        if bundle is not anchor:
-            x_s = anchor_observer.inputs[key][mask].double()
-            y_s = anchor_observer.outputs[key][mask].double()
-            _add(moments, f"{name}|xs|{key}", x.T @ x_s)
-            _add(moments, f"{name}|sy|{key}", y_s.T @ y)
+def fitting_manifest(
+    folder: Path, name: str, spec: ModelSpec, info: ModelInfo, adapter: AdapterConfig
+) -> AlignmentManifest:
+    """The manifest of a model's files.
 
-
-def _solve(
-    moments: Mapping[str, Tensor], anchor: ModelBundle, others: Sequence[ModelBundle], rank: int
-) -> tuple[dict[str, Alignment], dict[str, dict[str, float]]]:
-    source = anchor.info.name
-    keys = [key.split("|")[2] for key in moments if key.startswith(f"{source}|xx|")]
-    factors: dict[str, Alignment] = {source: {}}
-    quality: dict[str, dict[str, float]] = {source: {}}
-    for key in keys:
-        for part, moment in (("A", "xx"), ("B", "yy")):
-            second = moments[f"{source}|{moment}|{key}"]
-            rows = leading_directions(second, rank)
-            quality[source][f"{key}/{part}"] = float(
-                ((rows @ second) * rows).sum() / second.diagonal().sum()
-            )
-            factors[source][f"{key}/{part}"] = rows if part == "A" else rows.T
-    for bundle in others:
-        name = bundle.info.name
-        factors[name], quality[name] = {}, {}
-        for key in keys:
-            a_s, b_s = factors[source][f"{key}/A"], factors[source][f"{key}/B"]
-            second, cross = moments[f"{name}|xx|{key}"], moments[f"{name}|xs|{key}"] @ a_s.T
-            power = ((a_s @ moments[f"{source}|xx|{key}"]) * a_s).sum()
-            rows = ridge(second, cross)
-            quality[name][f"{key}/A"] = explained_fraction(rows, second, cross, power)
-            factors[name][f"{key}/A"] = nearest_row_orthonormal(rows)
-            # y_g regressed on y_s (d_g, d_s); its images of B_s's columns, made orthonormal.
-            second, cross = moments[f"{source}|yy|{key}"], moments[f"{name}|sy|{key}"]
-            mapped = ridge(second, cross)
-            power = moments[f"{name}|yy|{key}"].diagonal().sum()
-            quality[name][f"{key}/B"] = explained_fraction(mapped, second, cross, power)
-            factors[name][f"{key}/B"] = nearest_row_orthonormal((mapped @ b_s).T).T
-    single = {
-        name: {key: value.float().contiguous() for key, value in entries.items()}
-        for name, entries in factors.items()
+    Raises:
+        AdapterError: it is missing, or says that they are for another model, rank, number of
+            blocks or modules.
+    """
+    found = read_manifest(folder, name)
+    where = manifest_path(folder, name)
+    if found is None:
+        raise AdapterError(
+            f"adapter.alignment: model {name!r} has no alignment in {str(folder)!r}: expected "
+            f"{where.name} and {tensors_path(folder, name).name}",
+            hint=f"{_MAKE}, or leave adapter.alignment out",
+        )
+    expected = {
+        "signature": info.signature,
+        "rank": adapter.rank,
+        "num_blocks": adapter.num_blocks,
+        "target_modules": ", ".join(sorted(adapter.target_modules)),
+        "weights": model_fingerprint(name, spec),
     }
-    return single, quality
+    got = {
+        "signature": found.model.signature,
+        "rank": found.rank,
+        "num_blocks": found.num_blocks,
+        "target_modules": ", ".join(found.target_modules),
+        "weights": found.model.weights,
+    }
+    wrong = [
+        f"{key}: expected {expected[key]}, got {got[key]}"
+        for key in got
+        if got[key] != expected[key]
+    ]
+    if wrong:
+        raise AdapterError(
+            f"the alignment {where} does not fit model {name!r}:\n" + "\n".join(wrong),
+            hint=f"{_MAKE} for this model and adapter",
+        )
+    return found
 
 
-def save_alignment(folder: Path, factors: Alignment) -> Path:
-    """Writes one model's factors into its folder."""
-    path = folder / FILE_NAME
-    save_file(factors, path)
-    return path
-
-
-def alignment_file(source: str, model: str, model_path: str) -> Path:
-    """Where a model's alignment file is.
+def check_alignments(
+    experiment: Experiment, outlines: Mapping[str, ModelInfo], strategies: Iterable[str]
+) -> None:
+    """Checks the alignment of all clients' models before any of them is loaded.
 
     Args:
-        source: ``bundled`` (beside the model's own files) or a folder with one file per model.
-        model: the model's name in the configuration.
-        model_path: the model's ``path`` in the configuration.
+        experiment: the run.
+        outlines: the clients' models.
+        strategies: of the run.
+
+    Raises:
+        AdapterError: a file is missing or does not fit, or two models have another anchor.
     """
-    if source != "bundled":
-        return Path(source) / f"{model}.safetensors"
+    source = experiment.adapter.alignment
+    chosen = experiment.adapter.type
+    adapters = {STRATEGIES[name].adapter if chosen == "auto" else chosen for name in strategies}
+    wanted = any(wants_alignment(experiment, adapter) for adapter in adapters)
+    if source is None or source == BUNDLED or not wanted:
+        return
+    manifests = {
+        name: fitting_manifest(
+            Path(source), name, experiment.models[name], info, experiment.adapter
+        )
+        for name, info in outlines.items()
+    }
+    first = next(iter(manifests), None)
+    for name, manifest in manifests.items():
+        if first is not None and manifest.coordinates != manifests[first].coordinates:
+            raise AdapterError(
+                f"models {first!r} and {name!r} are aligned with different anchors: "
+                f"{manifests[first].anchor.name!r} and {manifest.anchor.name!r}, seeds "
+                f"{manifests[first].options.get('seed')} and {manifest.options.get('seed')}",
+                hint="align all models of a run together: 'fedmosaic align --cf FILE'",
+            )
+
+
+def _bundled_file(model_path: str) -> Path:
     name = model_path.removeprefix("bundled:")
     if name != model_path:
         return Path(str(files("fedml_plugin_fedmosaic"))) / "assets" / "models" / name / FILE_NAME
     return Path(model_path) / FILE_NAME
-
-
-def load_alignment(path: Path) -> Alignment:
-    """Reads one model's factors.
-
-    Raises:
-        AdapterError: the file is missing or damaged.
-    """
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"cannot read the alignment file {path}: {error}",
-            hint="set adapter_args.adapter.alignment to the folder that holds it, or leave it out",
-        ) from error

@@ -36,6 +36,7 @@ from fedml_plugin_fedmosaic.launch.allocation import check_shared
 from fedml_plugin_fedmosaic.launch.base import STARTED_FILE
 from fedml_plugin_fedmosaic.launch.env import world
 from fedml_plugin_fedmosaic.launch.topology import Topology
+from fedml_plugin_fedmosaic.runtime.alignment import check_alignments
 from fedml_plugin_fedmosaic.runtime.evaluation import BASE, evaluate_base
 from fedml_plugin_fedmosaic.runtime.folder import agree_on_folder, check_not_started, write_header
 from fedml_plugin_fedmosaic.runtime.hooks import NoHooks, RoundHooks
@@ -330,7 +331,8 @@ def prepare_run(
         ConfigError: configuration, scenario and models do not fit together, or the clients need
             more ranks than there are.
         DataError: the data are broken.
-        AdapterError: rank or number of blocks is more than a model allows.
+        AdapterError: rank or number of blocks is more than a model allows, or an alignment file is
+            missing or does not fit.
         CheckpointError: with ``resume``: data or models have changed since.
         RunInUse: with ``resume``: another process runs in the run folder.
         LaunchError: the ranks that were started do not form one MPI job, or backend sp was started
@@ -349,6 +351,8 @@ def prepare_run(
     check_clients(experiment, data)
     models = used_models(experiment, data)
     outlines = outline_models(models)
+    trained = {client.model_id for client in data.clients}
+    check_alignments(experiment, {name: outlines[name] for name in sorted(trained)}, names)
     proxy = choose_proxy(experiment, outlines)
     topology = plan_ranks(experiment, data, outlines, world_size)
     if announce is not None:

@@ -42,7 +42,7 @@ from fedml_plugin_fedmosaic.engine.tiny import (
     words_of,
 )
 from fedml_plugin_fedmosaic.engine.tower import FeatureCache
-from fedml_plugin_fedmosaic.runtime.alignment import align_models, save_alignment
+from fedml_plugin_fedmosaic.runtime.alignment_regression import align_models, save_alignment
 
 LOG = logging.getLogger(__name__)
 

@@ -72,6 +72,7 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "adapter": {
         "type": st.sampled_from(["auto", "lora", "pq_lora"]),
         "alignment": st.none() | st.just("bundled") | ABSOLUTE,
+        "anchor": st.none(),
     },
     "engine": {"deepspeed": st.none() | ABSOLUTE},
     "sketch": {"proxy": st.none()},

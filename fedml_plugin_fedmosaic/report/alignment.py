@@ -1,0 +1,233 @@
+"""How well models correspond after ``fedmosaic align``: a table, warnings, plots and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.report.alignment_plots import canonical_lines, layer_similarity
+from fedml_plugin_fedmosaic.report.html import render, write_page
+from fedml_plugin_fedmosaic.report.metrics import mean
+from fedml_plugin_fedmosaic.report.numbers import seconds
+from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
+from fedml_plugin_fedmosaic.report.tables import SummaryTable
+
+PAGE_FILE = "alignment.html"
+POOR = 0.5
+"""Share of explained variance below which an alignment hardly says anything."""
+FEW_ROWS = 20
+"""Token positions per rank below which canonical correlations flatter."""
+
+Manifest = Mapping[str, Any]
+"""An alignment manifest as its JSON says it."""
+
+
+def read_alignments(folder: Path) -> dict[str, Manifest]:
+    """The manifests of a folder by model name, the anchor's first.
+
+    Raises:
+        DataError: there are none, or one is damaged.
+    """
+    found: dict[str, Manifest] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from error
+        if isinstance(manifest, dict) and "anchor" in manifest and "model" in manifest:
+            found[manifest["model"]["name"]] = manifest
+    if not found:
+        raise DataError(f"no alignment in {str(folder)!r}", hint="make one with 'fedmosaic align'")
+    return dict(sorted(found.items(), key=lambda item: (item[1]["quality"] is not None, item[0])))
+
+
+def _blocks(manifest: Manifest) -> dict[int, dict[str, Mapping[str, Any]]]:
+    """Block -> linear -> quality."""
+    blocks: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for key, quality in manifest["quality"]["linears"].items():
+        block, _, module = key.partition("/")
+        blocks.setdefault(int(block), {})[module] = quality
+    return dict(sorted(blocks.items()))
+
+
+def _ends(manifest: Manifest) -> list[tuple[int, int]]:
+    quality = manifest["quality"]
+    return list(zip(quality["anchor_ends"], quality["model_ends"], strict=True))
+
+
+def _average(linears: Mapping[str, Mapping[str, Any]], field: str) -> float:
+    return mean([linear[field] for linear in linears.values()]) or 0.0
+
+
+def quality_table(manifests: Mapping[str, Manifest]) -> SummaryTable:
+    """One row per block of each aligned model; values are means over the block's linears."""
+    rows = []
+    for name, manifest in manifests.items():
+        if manifest["quality"] is None:
+            continue
+        ends = _ends(manifest)
+        for block, linears in _blocks(manifest).items():
+            own, other = ends[block]
+            correlations = [mean(linear["correlations"]) or 0.0 for linear in linears.values()]
+            rows.append(
+                [
+                    name,
+                    str(block + 1),
+                    f"{own + 1} | {other + 1}",
+                    f"{manifest['quality']['cka'][own][other]:.2f}",
+                    f"{_average(linears, 'residual_before'):.2f}",
+                    f"{_average(linears, 'residual'):.2f}",
+                    f"{_average(linears, 'explained'):.2f}",
+                    f"{mean(correlations) or 0.0:.2f}",
+                ]
+            )
+    columns = [
+        "model",
+        "block",
+        "layers\nanchor | model",
+        "CKA",
+        "residual\nbefore",
+        "residual\nof A",
+        "explained\nvariance",
+        "canonical\ncorrelation",
+    ]
+    notes = [
+        "CKA of the block ends: 1 for a turned copy, 0 for unrelated layers. Residual: squared "
+        "difference of",
+        "both A outputs over the anchor's; 2 for unrelated ones, 0 for equal ones.",
+    ]
+    return SummaryTable(columns, rows, notes, num_left=3)
+
+
+def warnings_of(manifests: Mapping[str, Manifest]) -> list[str]:
+    """What a user should know before trusting the files; one sentence each."""
+    lines: list[str] = []
+    for name, manifest in manifests.items():
+        quality = manifest["quality"]
+        if quality is None:
+            continue
+        anchor = manifest["anchor"]["name"]
+        ends = _ends(manifest)
+        for block, nearest in quality["unmatched"]:
+            own = quality["cka"][ends[block][0]]
+            lines.append(
+                f"{name}: block {block + 1} of {anchor} resembles block {nearest + 1} "
+                f"(CKA {own[ends[nearest][1]]:.2f}) more than its partner "
+                f"({own[ends[block][1]]:.2f})"
+            )
+        rows = quality["rows"]["outputs"]
+        if rows < FEW_ROWS * manifest["rank"]:
+            lines.append(
+                f"{name}: only {rows} token positions for rank {manifest['rank']}; canonical "
+                "correlations are too high. Use --positions all, or more --output-samples"
+            )
+        shares = [linear["explained"] for linear in quality["linears"].values()]
+        if (mean(shares) or 0.0) < POOR:
+            lines.append(
+                f"{name}: the anchor explains {100 * (mean(shares) or 0.0):.0f} % of the variance "
+                "of this model's A outputs; P and Q will hardly mean the same in both"
+            )
+        short = sum(linear["rank"] < manifest["rank"] for linear in quality["linears"].values())
+        if short:
+            lines.append(
+                f"{name}: {short} linears have directions without a partner; their B is smaller "
+                "there. Give more public samples, or a smaller rank"
+            )
+    return lines
+
+
+def figures_of(name: str, manifest: Manifest) -> tuple[Figure, Figure]:
+    """Layer similarity and canonical correlations of one aligned model."""
+    quality = manifest["quality"]
+    heat = layer_similarity(
+        quality["cka"], _ends(manifest), anchor=manifest["anchor"]["name"], model=name
+    )
+    lines = canonical_lines(
+        {
+            f"block {block + 1}": {
+                module: linear["correlations"] for module, linear in linears.items()
+            }
+            for block, linears in _blocks(manifest).items()
+        },
+        label=f"canonical correlations of {name}",
+    )
+    return (
+        Figure(heat, "Unbiased linear CKA of all layers; frames mark the block ends that share P."),
+        Figure(lines, "Canonical correlations of the A outputs: a thin line per linear."),
+    )
+
+
+def alignment_page(manifests: Mapping[str, Manifest]) -> str:
+    """All aligned models of a folder as one page.
+
+    Args:
+        manifests: what :func:`read_alignments` returns.
+    """
+    first = next(iter(manifests.values()))
+    table = quality_table(manifests)
+    warnings = warnings_of(manifests)
+    table.notes.extend(warnings)
+    sections = [Section("quality", "Quality", "Means over the linears of each block.", table=table)]
+    for name, manifest in manifests.items():
+        if manifest["quality"] is None:
+            continue
+        quality = manifest["quality"]
+        pairing = "the same tokens" if quality["pairing"] == "direct" else "tokens of equal text"
+        lead = (
+            f"{quality['rows']['outputs']:,} token positions for B and "
+            f"{quality['rows']['check']:,} for the check; {pairing}, {quality['positions']} "
+            f"positions; {len(quality['losses']):,} updates of A, loss "
+            f"{quality['losses'][0]:.3g} to {quality['losses'][-1]:.3g}; "
+            f"{seconds(manifest['duration_s'])}."
+        )
+        anchor = "".join(letter if letter.isalnum() else "-" for letter in name)
+        sections.append(Section(f"model-{anchor}", name, lead, figures_of(name, manifest)))
+    details = json.dumps(
+        {name: {**m, "quality": None} for name, m in manifests.items()}, indent=1, sort_keys=True
+    )
+    sections.append(Section("manifests", "Manifests", "Without their quality.", text=details))
+    data = first["data"]
+    return render(
+        title="Alignment",
+        subtitle=f"anchor {first['anchor']['name']} · rank {first['rank']} · "
+        f"{first['num_blocks']} blocks · {data['num_samples']:,} public samples",
+        numbers=_headlines(manifests),
+        sections=sections,
+    )
+
+
+def _headlines(manifests: Mapping[str, Manifest]) -> list[Headline]:
+    numbers = []
+    for name, manifest in manifests.items():
+        if manifest["quality"] is not None:
+            linears = manifest["quality"]["linears"]
+            numbers.append(
+                Headline(
+                    name,
+                    f"{_average(linears, 'residual'):.2f}",
+                    f"residual of A, {_average(linears, 'residual_before'):.2f} before",
+                )
+            )
+    return numbers
+
+
+def write_alignment_page(folder: Path) -> Path:
+    """Writes ``alignment.html`` beside the alignment files.
+
+    Raises:
+        DataError: there are no alignment files.
+    """
+    return write_page(folder / PAGE_FILE, alignment_page(read_alignments(folder)))
+
+
+__all__: Sequence[str] = [
+    "alignment_page",
+    "figures_of",
+    "quality_table",
+    "read_alignments",
+    "warnings_of",
+    "write_alignment_page",
+]

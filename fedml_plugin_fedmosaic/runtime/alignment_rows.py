@@ -1,0 +1,166 @@
+"""Which activations of two models belong together.
+
+Models with one tokenizer see the same tokens: their positions correspond directly. Others are
+compared where their tokens stand for the same text: the anchor's outputs are averaged over the
+positions that match a token of the other model.
+
+The first position is never used. It is the same in every text, and decoders park activations there
+that are larger than all others by orders of magnitude (Sun et al., arXiv 2402.17762).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import AdapterError
+from fedml_plugin_fedmosaic.data.base import Sample
+from fedml_plugin_fedmosaic.data.prompt import IGNORE
+from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.processor import Batch
+from fedml_plugin_fedmosaic.engine.token_text import TokenTexts
+from fedml_plugin_fedmosaic.equations.token_alignment import aligned_positions, pooled_rows
+
+Positions = Literal["auto", "all", "supervised"]
+
+
+@dataclass(frozen=True, slots=True)
+class PairedBatch:
+    """One batch of samples as both models see it, and which positions correspond.
+
+    Attributes:
+        anchor: the anchor's inputs.
+        model: the other model's.
+        partners: per sample and position of the model, the anchor's positions; None if positions
+            correspond directly, and then ``kept`` says which.
+        kept: ``(k, 2)`` sample and position in the model.
+    """
+
+    anchor: Batch
+    model: Batch
+    partners: list[list[list[int]]] | None
+    kept: Tensor
+
+    def model_rows(self, values: Tensor) -> Tensor:
+        """Rows ``(k, d)`` of the model's values ``(n, T, d)``."""
+        return values[self.kept[:, 0].to(values.device), self.kept[:, 1].to(values.device)]
+
+    def anchor_rows(self, values: Tensor) -> Tensor:
+        """Rows ``(k, d)`` of the anchor's values ``(n, T', d)``, averaged over partners."""
+        if self.partners is None:
+            return self.model_rows(values)
+        return pooled_rows(values, self.partners)[0]
+
+
+class RowPairing:
+    """Encodes samples for two models and pairs their positions.
+
+    Args:
+        anchor: the model whose coordinates the other takes.
+        model: the other model.
+        positions: ``supervised``: only where the next token belongs to an answer, as published for
+            models with different tokenizers; ``all``: everywhere; ``auto``: as published.
+
+    Attributes:
+        direct: whether both models see the same tokens.
+        positions: as chosen, never ``auto``.
+    """
+
+    def __init__(
+        self, anchor: ModelBundle, model: ModelBundle, positions: Positions = "auto"
+    ) -> None:
+        self._anchor, self._model = anchor, model
+        self.direct = _one_tokenizer(anchor, model)
+        chosen = ("all" if self.direct else "supervised") if positions == "auto" else positions
+        self.positions: Literal["all", "supervised"] = chosen
+        self._anchor_texts = TokenTexts(anchor.processor.tokenizer)
+        self._model_texts = TokenTexts(model.processor.tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> PairedBatch:
+        """Pairs one batch.
+
+        Raises:
+            AdapterError: models with one tokenizer still see different tokens.
+            DataError: a sample cannot be encoded.
+        """
+        anchor = self._anchor.processor.encode_train(samples)
+        model = self._model.processor.encode_train(samples)
+        own = _usable(model, self.positions)
+        if self.direct:
+            if not torch.equal(anchor["input_ids"], model["input_ids"]):
+                raise AdapterError(
+                    f"{self._anchor.info.name!r} and {self._model.info.name!r} have one tokenizer "
+                    f"but see sample {samples[0].sample_id!r} as different tokens",
+                    hint="give both models the same chat template and image tokens",
+                )
+            return PairedBatch(anchor, model, None, own.nonzero())
+        partners = self._partners(anchor, model, own)
+        kept = [
+            (row, place)
+            for row, found in enumerate(partners)
+            for place, matched in enumerate(found)
+            if matched
+        ]
+        return PairedBatch(
+            anchor, model, partners, torch.tensor(kept, dtype=torch.int64).reshape(-1, 2)
+        )
+
+    def _partners(self, anchor: Batch, model: Batch, own: Tensor) -> list[list[list[int]]]:
+        """Per sample and position of the model: positions of the anchor with the same text."""
+        own = own & ~_image_tokens(self._model, model)
+        theirs = _usable(anchor, self.positions) & ~_image_tokens(self._anchor, anchor)
+        length = model["input_ids"].shape[1]
+        result = []
+        for row in range(len(own)):
+            places, texts = _texts(self._model_texts, model["input_ids"][row], own[row])
+            others, other_texts = _texts(self._anchor_texts, anchor["input_ids"][row], theirs[row])
+            matched = aligned_positions(texts, other_texts, marks=())
+            partners: list[list[int]] = [[] for _ in range(length)]
+            for place, found in zip(places, matched, strict=True):
+                partners[place] = [others[index] for index in found]
+            result.append(partners)
+        return result
+
+
+def _texts(say: TokenTexts, ids: Tensor, usable: Tensor) -> tuple[list[int], list[str]]:
+    """Positions that hold more than spaces, and what they say."""
+    places = usable.nonzero()[:, 0].tolist()
+    found = zip(places, say(ids[places].tolist()), strict=True)
+    pairs = [(place, text) for place, text in found if text]
+    return [place for place, _ in pairs], [text for _, text in pairs]
+
+
+def _usable(batch: Batch, positions: Literal["all", "supervised"]) -> Tensor:
+    """Positions that may be compared: bool ``(n, T)`` on the CPU."""
+    usable = batch["attention_mask"].bool().cpu()
+    if positions == "supervised":
+        answers = batch["labels"].cpu()[:, 1:] != IGNORE
+        usable[:, :-1] &= answers
+        usable[:, -1] = False
+    usable[:, 0] = False
+    return usable
+
+
+def _image_tokens(bundle: ModelBundle, batch: Batch) -> Tensor:
+    """Where a batch holds image tokens: they are no text, and models cut images differently."""
+    ids = batch["input_ids"].cpu()
+    config: Any = bundle.model.config
+    for field in ("image_token_id", "image_token_index"):
+        value = getattr(config, field, None)
+        if value is not None:
+            return ids == int(value)
+    return torch.zeros_like(ids, dtype=torch.bool)
+
+
+def _one_tokenizer(anchor: ModelBundle, model: ModelBundle) -> bool:
+    """Whether two models cut a text into the same ids."""
+    first, second = anchor.processor.tokenizer, model.processor.tokenizer
+    if first.chat_template != second.chat_template or first.get_vocab() != second.get_vocab():
+        return False
+    config: tuple[Any, Any] = (anchor.model.config, model.model.config)
+    lengths = {getattr(part, "image_seq_length", None) for part in config}
+    return len(lengths) == 1
