@@ -7,15 +7,8 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 from matplotlib.ticker import MaxNLocator
 
-from fedml_plugin_fedmosaic.report.plots import (
-    _INK,
-    _STYLE,
-    COLOURS,
-    _figure,
-    _label_ends,
-    _svg,
-    heat_map,
-)
+from fedml_plugin_fedmosaic.report.matrix_plots import heat_map
+from fedml_plugin_fedmosaic.report.style import COLOURS, INK, STYLE, label_ends, new_figure, to_svg
 
 
 def layer_similarity(
@@ -58,8 +51,8 @@ def canonical_lines(blocks: Mapping[str, Mapping[str, Sequence[float]]], *, labe
     Returns:
         An SVG element.
     """
-    with mpl.rc_context(_STYLE):
-        figure = _figure(6.4, 3.2)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(6.4, 3.2)
         axes = figure.subplots()
         ends = []
         for number, (block, linears) in enumerate(blocks.items()):
@@ -70,13 +63,13 @@ def canonical_lines(blocks: Mapping[str, Mapping[str, Sequence[float]]], *, labe
             axes.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.4)
             ends.append((float(len(mean)), mean[-1], block, colour))
         axes.set_ylim(0.0, 1.02)
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
         axes.set_xlabel("direction")
         axes.set_ylabel("canonical correlation")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.7)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
         axes.set_axisbelow(True)
-        return _svg(figure, label)
+        return to_svg(figure, label)
 
 
 def standalone(svg: str, *, ink: str = "#3c4650", card: str = "#ffffff") -> str:

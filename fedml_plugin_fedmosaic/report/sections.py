@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedml_plugin_fedmosaic.report import plots
+from fedml_plugin_fedmosaic.report import matrix_plots, plots
 from fedml_plugin_fedmosaic.report.failures import dropouts, rounds_with_dropouts
 from fedml_plugin_fedmosaic.report.lives import lives, resumed_rounds
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, mean
 from fedml_plugin_fedmosaic.report.numbers import percent, readable_bytes, seconds
 from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
 from fedml_plugin_fedmosaic.report.records import BASE, ClientInfo
+from fedml_plugin_fedmosaic.report.style import Cells
 from fedml_plugin_fedmosaic.report.tables import REFERENCE, SummaryTable, summary_table
 
 _MULTIPLES = 12
@@ -107,21 +108,21 @@ def accuracy(run: Run) -> Section | None:
     return Section("accuracy", "Accuracy per round", figures=(Figure(svg, caption),))
 
 
-def _reordered(matrix: plots.Cells, order: Sequence[int]) -> list[list[float | None]]:
+def _reordered(matrix: Cells, order: Sequence[int]) -> list[list[float | None]]:
     return [[matrix[i][j] for j in order] for i in order]
 
 
-def _without_diagonal(matrix: plots.Cells) -> list[list[float | None]]:
+def _without_diagonal(matrix: Cells) -> list[list[float | None]]:
     return [[None if i == j else v for j, v in enumerate(row)] for i, row in enumerate(matrix)]
 
 
-def _plans(run: Run, field: str) -> dict[int, plots.Cells]:
+def _plans(run: Run, field: str) -> dict[int, Cells]:
     """Matrices of the main strategy by round, clients in the order of :func:`by_group`."""
     if run.main is None:
         return {}
     place = {client.client_id: index for index, client in enumerate(run.clients)}
     order = [place[client.client_id] for client in by_group(run)]
-    found: dict[int, plots.Cells] = {}
+    found: dict[int, Cells] = {}
     for round_idx, plan in run.strategies[run.main].plans.items():
         matrix = getattr(plan, field)
         known = matrix is not None and any(
@@ -153,7 +154,7 @@ def relevance(run: Run) -> Section | None:
     last = max(matrices)
     figures = [
         Figure(
-            plots.heat_map(
+            matrix_plots.heat_map(
                 matrices[last], names, numbers, label="Relevance in the last round",
                 bar="similarity", groups=groups,
             ),
@@ -163,7 +164,7 @@ def relevance(run: Run) -> Section | None:
     if len(matrices) > 1:
         shown = _thinned(list(matrices), _MULTIPLES)
         panels = {f"round {r + 1}": matrices[r] for r in shown}
-        svg = plots.small_multiples(panels, label="Relevance over the rounds", groups=groups)
+        svg = matrix_plots.small_multiples(panels, label="Relevance over the rounds", groups=groups)
         figures.append(Figure(svg, "The same matrix over the rounds, on one colour scale."))
     lead = "How alike the clients' data look to the server, which sees only sanitised gradients."
     return Section("relevance", "Relevance", lead, tuple(figures))
@@ -177,7 +178,7 @@ def mixing(run: Run) -> Section | None:
     clients = by_group(run)
     names, numbers = [_name(c) for c in clients], [str(c.client_id) for c in clients]
     last = max(matrices)
-    svg = plots.heat_map(
+    svg = matrix_plots.heat_map(
         matrices[last], names, numbers, label="Mixing weights in the last round", bar="weight, %",
         groups=_groups(clients), scale=100, digits=0, xlabel="source", ylabel="receiver",
     )  # fmt: skip
@@ -187,7 +188,7 @@ def mixing(run: Run) -> Section | None:
     return Section("mixing", "Who learns from whom", lead, (Figure(svg, caption),), table)
 
 
-def _sources_table(clients: Sequence[ClientInfo], matrix: plots.Cells) -> SummaryTable:
+def _sources_table(clients: Sequence[ClientInfo], matrix: Cells) -> SummaryTable:
     groups = [group_of(client) for client in clients]
     rows = []
     for i, client in enumerate(clients):
@@ -211,7 +212,7 @@ def matrix(run: Run) -> Section | None:
     if not any(value is not None for row in cells for value in row):
         return None
     groups = _groups(by_group(run))
-    svg = plots.heat_map(
+    svg = matrix_plots.heat_map(
         cells, names, tasks, label=f"Accuracy of {run.main} by client and task",
         bar="accuracy, %", groups=groups, scale=100, digits=0, marks=marks,
     )  # fmt: skip
@@ -224,7 +225,7 @@ def matrix(run: Run) -> Section | None:
             for x, y in zip(cells, theirs, strict=True)
         ]
         if any(value is not None for row in gain for value in row):
-            svg = plots.heat_map(
+            svg = matrix_plots.heat_map(
                 gain, names, tasks, label=f"Gain over {REFERENCE} by client and task",
                 bar="points", diverging=True, groups=groups, scale=100, digits=0, marks=marks,
             )  # fmt: skip

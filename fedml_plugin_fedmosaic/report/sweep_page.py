@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedml_plugin_fedmosaic.report import plots
+from fedml_plugin_fedmosaic.report import matrix_plots, plots
 from fedml_plugin_fedmosaic.report.comparison import score_intervals
 from fedml_plugin_fedmosaic.report.html import render, write_page
 from fedml_plugin_fedmosaic.report.metrics import mean
 from fedml_plugin_fedmosaic.report.numbers import MISSING, percent
 from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
+from fedml_plugin_fedmosaic.report.style import COLOURS, Curve
 from fedml_plugin_fedmosaic.report.sweep import (
     Group,
     SweepResults,
@@ -24,7 +25,7 @@ PAGE_FILE = "sweep.html"
 RUNS_CSV = "runs.csv"
 GROUPS_CSV = "groups.csv"
 _MAX_INTERVALS = 40
-_MAX_CURVES = len(plots.COLOURS)
+_MAX_CURVES = len(COLOURS)
 
 
 def _status_table(results: SweepResults) -> SummaryTable:
@@ -83,7 +84,7 @@ def _heat_maps(groups: Sequence[Group]) -> list[Figure]:
         ]
         if all(value is None for row in cells for value in row):
             continue
-        svg = plots.heat_map(
+        svg = matrix_plots.heat_map(
             cells,
             [str(label) for label in labels[0]],
             [str(label) for label in labels[1]],
@@ -102,8 +103,8 @@ def _curves(groups: Sequence[Group]) -> Figure | None:
     shown = [group for group in groups if any(m.mean_curve for m in group.shown)]
     if not shown or len(shown) > _MAX_CURVES:
         return None
-    singles: dict[str, dict[int, plots.Curve]] = {}
-    means: dict[str, plots.Curve] = {}
+    singles: dict[str, dict[int, Curve]] = {}
+    means: dict[str, Curve] = {}
     for group in shown:
         lines = [metrics.mean_curve for metrics in group.shown if metrics.mean_curve]
         common = sorted(set.intersection(*(set(line) for line in lines)))
