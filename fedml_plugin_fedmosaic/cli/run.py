@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fedml_plugin_fedmosaic.cli.errors import exit_code_of
+from fedml_plugin_fedmosaic.cli.estimate import Assumptions, estimate_options, lines_of
 from fedml_plugin_fedmosaic.cli.options import config_options, debug_option, strategy_options
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class _Options:
     help="Start N MPI ranks on this machine (backend MPI).",
 )
 @click.option("--dry-run", is_flag=True, help="Load and check everything, print the plan, stop.")
+@estimate_options
 @debug_option
 @click.pass_context
 def command(
@@ -78,6 +80,9 @@ def command(
     from_round: int | None,
     ranks: int | None,
     dry_run: bool,
+    estimate: bool,
+    gpu_tflops: float | None,
+    sample_tokens: int | None,
 ) -> None:
     """Train a federation, evaluate it and print its table.
 
@@ -87,6 +92,7 @@ def command(
     Examples:
       fedmosaic run                                    the bundled quickstart
       fedmosaic run --dry-run                          what it would do
+      fedmosaic run --estimate --cf big.yaml           memory and time, before anything is fetched
       fedmosaic run --algo fedavg --set comm_round=2   another strategy, fewer rounds
       fedmosaic run --cf mine.yaml --run-dir runs/a    your own experiment
       fedmosaic run --backend MPI -np 4                clients spread over 4 processes
@@ -105,6 +111,8 @@ def command(
             from_round=from_round,
             ranks=ranks,
             dry_run=dry_run,
+            estimate=estimate,
+            assumptions=Assumptions(tflops=gpu_tflops, sample_tokens=sample_tokens),
             debug=bool(settings and settings.debug),
         )
     )
@@ -121,6 +129,8 @@ def run_command(
     from_round: int | None = None,
     ranks: int | None = None,
     dry_run: bool = False,
+    estimate: bool = False,
+    assumptions: Assumptions | None = None,
     debug: bool = False,
     hooks: HooksFactory | None = None,
 ) -> int:
@@ -138,6 +148,8 @@ def run_command(
         ranks: start the same run on so many MPI ranks of this machine and wait for it; with
             ``dry_run`` none is started. None: the ranks that are there.
         dry_run: only load, check and describe.
+        estimate: only say what the run would ask for; nothing is loaded.
+        assumptions: of the estimate that this or ``dry_run`` prints.
         debug: show tracebacks of expected errors.
         hooks: makes the host framework's hooks from the experiment; FedML's own by default, when
             the experiment asks for differential privacy.
@@ -156,13 +168,18 @@ def run_command(
         _check_resume(run_dir, resume, from_round)
         if ranks is not None:
             _check_ranks(backend)
-        if ranks is not None and not dry_run:
+        if ranks is not None and not (dry_run or estimate):
             arguments = _rank_arguments(algo, cf, overrides, run_dir, debug=debug)
             for option, value in (("--resume", resume), ("--from-round", from_round)):
                 if value is not None:
                     arguments += [option, str(value)]
             return run_ranks(ranks, arguments)
         experiment = _load(algo, cf, backend if ranks is None else "MPI", overrides, resume)
+        if estimate:
+            if rank == 0:
+                _print_lines(lines_of(experiment, ranks, assumptions))
+                click.echo("nothing was loaded or trained (--estimate)")
+            return 0
         if experiment.comm.backend == "sp":
             world("sp")  # before the slow imports
         chosen = run_dir if resume is None else resume
@@ -171,7 +188,9 @@ def run_command(
         if dry_run:
             if rank == 0:
                 planned = replace(options, ranks=ranks or size)
-                _describe(_preparation(experiment, folder, hooks, planned)(()))
+                prepared = _preparation(experiment, folder, hooks, planned)(())
+                clients = [(client.client_id, client.model_id) for client in prepared.data.clients]
+                _describe(prepared, lines_of(experiment, ranks or size, assumptions, clients))
             return 0
         prepare = _preparation(experiment, folder, hooks, options)
         summary = _execute(prepare, quiet=rank > 0)
@@ -332,12 +351,15 @@ def _announce(topology: Topology) -> None:
         _print_line(f"{label:<10} {value}")
 
 
-def _describe(prepared: PreparedRun) -> None:
-    lines = prepared.describe()
+def _describe(prepared: PreparedRun, estimate: list[tuple[str, str]]) -> None:
+    _print_lines([*prepared.describe(), *estimate])
+    click.echo("nothing was trained or written (--dry-run)")
+
+
+def _print_lines(lines: Sequence[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         click.echo(f"{label:<{width}}  {value}")
-    click.echo("nothing was trained or written (--dry-run)")
 
 
 def _execute(prepare: Callable[[Sequence[EventSink]], PreparedRun], *, quiet: bool) -> RunSummary:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+from fedml_plugin_fedmosaic.config.loader import bundled_config
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.base import TaskSpec
 
@@ -31,6 +32,49 @@ class ScenarioClient:
     client_id: int
     model_id: str
     tasks: tuple[TaskSpec, ...]
+
+
+def bundled_scenarios() -> Mapping[str, Path]:
+    """Scenarios that come with the configurations, by name: those of the paper's experiments."""
+    folder = bundled_config().parent
+    return {path.stem: path for path in sorted(folder.glob("*/scenarios/*.json"))}
+
+
+def find_scenario(scenario: str | None, root: Path | None = None) -> Path:
+    """The file that a configuration's scenario means.
+
+    Args:
+        scenario: a path, absolute, below the working directory or below ``root``; or the name of a
+            file in ``<root>/scenarios`` or of a bundled scenario.
+        root: folder of the data, if there is one.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if scenario is None:
+        raise DataError(
+            "this data set needs a scenario, but none is set",
+            hint="set data_args: {data: {scenario: FILE.json}}",
+        )
+    name = scenario if scenario.endswith(".json") else f"{scenario}.json"
+    places = [Path(scenario).expanduser()]
+    if root is not None:
+        places += [root / scenario, root / "scenarios" / name]
+    for place in places:
+        if place.is_file():
+            return place
+    bundled = bundled_scenarios()
+    if scenario in bundled:
+        return bundled[scenario]
+    known = {*bundled}
+    if root is not None:
+        known |= {path.stem for path in (root / "scenarios").glob("*.json")}
+    raise DataError(
+        f"scenario {scenario!r}: no such file; looked at " + ", ".join(str(p) for p in places),
+        hint=f"known scenarios: {', '.join(sorted(known))}"
+        if known
+        else "give the path of a scenario",
+    )
 
 
 def read_scenario(path: Path) -> tuple[ScenarioClient, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,13 @@ from fedml_plugin_fedmosaic.config.sections import DataConfig
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.drake import open_scenario, sample_file
 from fedml_plugin_fedmosaic.data.hub import reached
-from fedml_plugin_fedmosaic.data.quickstart.build import ensure_built
-from fedml_plugin_fedmosaic.data.scenario import DUMMY, ScenarioClient
+from fedml_plugin_fedmosaic.data.quickstart.build import SCENARIO, ensure_built
+from fedml_plugin_fedmosaic.data.scenario import (
+    DUMMY,
+    ScenarioClient,
+    find_scenario,
+    read_scenario,
+)
 
 DRAKE_REPOSITORY = "SNUMPR/DRAKE"
 """The hub's data set repository of the published data: one ``NAME.tar`` per data set."""
@@ -61,6 +67,14 @@ class QuickstartSource:
         """Not said: all its models are bundled."""
         return None
 
+    def clients(self, config: DataConfig) -> tuple[ScenarioClient, ...]:
+        """Those of the bundled scenario, or of the one that is set."""
+        if config.scenario not in (None, SCENARIO):
+            return read_scenario(find_scenario(config.scenario))
+        assets = resources.files("fedml_plugin_fedmosaic") / "assets" / "scenarios"
+        with resources.as_file(assets / f"{SCENARIO}.json") as path:
+            return read_scenario(path)
+
     def fetch(self, config: DataConfig, repository: str | None, say: Callable[[str], None]) -> Path:
         """Builds the images and rows in the cache."""
         if repository is not None:
@@ -88,13 +102,17 @@ class DrakeSource:
             if not (path := sample_file(root, task, split)).is_file()
         ]
 
+    def clients(self, config: DataConfig) -> tuple[ScenarioClient, ...]:
+        """Those of the scenario; the data need not be there."""
+        root = None if config.root is None else Path(config.root).expanduser()
+        return read_scenario(find_scenario(config.scenario, root))
+
     def models(self, config: DataConfig) -> frozenset[str] | None:
         """Those of the scenario's clients."""
         try:
-            clients: tuple[ScenarioClient, ...] = open_scenario(config)[1]
+            return frozenset(client.model_id for client in self.clients(config))
         except DataError:
             return None
-        return frozenset(client.model_id for client in clients)
 
     def fetch(self, config: DataConfig, repository: str | None, say: Callable[[str], None]) -> Path:
         """Downloads and unpacks ``NAME.tar`` of every data set that the scenario lacks.
