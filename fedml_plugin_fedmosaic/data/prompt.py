@@ -83,6 +83,13 @@ class PromptEncoder:
         # Some templates ignore add_generation_prompt; then the header is taken from a full turn.
         self._has_generation_prompt = with_prompt != self._render((_PROBE,))
 
+    @property
+    def image_tokens(self) -> tuple[int, int] | None:
+        """Image token id and tokens per image; None for a model that takes no images."""
+        if self._image_token_id is None:
+            return None
+        return self._image_token_id, self._tokens_per_image
+
     def conversation(self, turns: Sequence[str]) -> Encoded:
         """Encodes a conversation with labels on all assistant turns.
 

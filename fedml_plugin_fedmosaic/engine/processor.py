@@ -189,6 +189,11 @@ class Processor:
         self._prompts: dict[tuple[str, ...], Encoded] = {}
         self._choices: dict[tuple[str, str], Tensor] = {}
 
+    @property
+    def image_tokens(self) -> tuple[int, int] | None:
+        """Id of the token that stands for a part of an image, and how many an image becomes."""
+        return self._encoder.image_tokens
+
     def prefetch(self, samples: Iterable[Sample]) -> None:
         """Computes features of all images at once; later calls find them in memory.
 

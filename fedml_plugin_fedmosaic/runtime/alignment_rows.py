@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedml_plugin_fedmosaic.core.errors import AdapterError
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.prompt import IGNORE
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
@@ -84,19 +83,13 @@ class RowPairing:
         """Pairs one batch.
 
         Raises:
-            AdapterError: models with one tokenizer still see different tokens.
             DataError: a sample cannot be encoded.
         """
         anchor = self._anchor.processor.encode_train(samples)
         model = self._model.processor.encode_train(samples)
         own = _usable(model, self.positions)
-        if self.direct:
-            if not torch.equal(anchor["input_ids"], model["input_ids"]):
-                raise AdapterError(
-                    f"{self._anchor.info.name!r} and {self._model.info.name!r} have one tokenizer "
-                    f"but see sample {samples[0].sample_id!r} as different tokens",
-                    hint="give both models the same chat template and image tokens",
-                )
+        # Vocabularies may agree while merges or normalisation do not: then by text.
+        if self.direct and torch.equal(anchor["input_ids"], model["input_ids"]):
             return PairedBatch(anchor, model, None, own.nonzero())
         partners = self._partners(anchor, model, own)
         kept = [
@@ -148,19 +141,15 @@ def _usable(batch: Batch, positions: Literal["all", "supervised"]) -> Tensor:
 def _image_tokens(bundle: ModelBundle, batch: Batch) -> Tensor:
     """Where a batch holds image tokens: they are no text, and models cut images differently."""
     ids = batch["input_ids"].cpu()
-    config: Any = bundle.model.config
-    for field in ("image_token_id", "image_token_index"):
-        value = getattr(config, field, None)
-        if value is not None:
-            return ids == int(value)
-    return torch.zeros_like(ids, dtype=torch.bool)
+    known = bundle.processor.image_tokens
+    return torch.zeros_like(ids, dtype=torch.bool) if known is None else ids == known[0]
 
 
 def _one_tokenizer(anchor: ModelBundle, model: ModelBundle) -> bool:
-    """Whether two models cut a text into the same ids."""
-    first, second = anchor.processor.tokenizer, model.processor.tokenizer
-    if first.chat_template != second.chat_template or first.get_vocab() != second.get_vocab():
-        return False
-    config: tuple[Any, Any] = (anchor.model.config, model.model.config)
-    lengths = {getattr(part, "image_seq_length", None) for part in config}
-    return len(lengths) == 1
+    """Whether two models cut texts and images into the same tokens."""
+    first, second = anchor.processor, model.processor
+    return bool(
+        first.image_tokens == second.image_tokens
+        and first.tokenizer.chat_template == second.tokenizer.chat_template
+        and first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    )
