@@ -41,7 +41,7 @@ from fedml_plugin_fedmosaic.core.types import (
     UpdateHeader,
     View,
 )
-from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
+from fedml_plugin_fedmosaic.core.work import LocalResult, Pass, Work
 from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
@@ -69,7 +69,7 @@ class FedAvgClient(ClientBase):
 
     def prepare(
         self, downlink: SharedTensors, state: ClientState, context: ClientContext
-    ) -> tuple[ClientState, tuple[Pass, ...]]:
+    ) -> tuple[ClientState, tuple[Work, ...]]:
         """Replaces the local branch by the downlink, if there is one.
 
         Raises:

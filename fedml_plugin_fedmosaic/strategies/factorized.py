@@ -1,0 +1,219 @@
+"""Factorized-FL: one low-rank factor is shared among similar clients, the other one stays.
+
+LoRA writes a layer's change as a product of two factors, dW_i = s B_i A_i. One factor F (option
+``share``) is common knowledge and is averaged; the other one, V, is the client's own view of its
+labels or tasks and says who is alike. With v_i = the V of the last decoder layer, flattened::
+
+    s_ij = cos(v_i, v_j)
+    K_i  = {j : s_ij >= tau}, and the n_min most similar ones anyway; i itself is among them
+    F_i <- sum over j in K_i of a_ij F_j      a_ij = exp(a s_ij) / sum over k in K_i of exp(a s_ik)
+
+Source: Factorized-FL (Jeong and Hwang, NeurIPS 2022, arXiv 2202.00270): every kernel is u v^T plus
+a sparse residual, u travels, the cosine of v chooses the peers. With ``share: A`` this is
+FedSA-LoRA (arXiv 2410.01463) with chosen peers.
+Differences to it: the factors are LoRA's, of rank r instead of 1, on top of a frozen base that
+takes the place of the residual M; cosines are taken of random projections (``projection`` numbers,
+error about one over the root of that) of the compared factor of the last layer, over all its
+modules; sums run over the last uploads of all clients that ever took part.
+Across signatures: peers are looked for inside a layout only, because the compared vectors must have
+one length; nothing is shared across layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
+    AdapterState,
+    Branch,
+    ClientContext,
+    ClientManifest,
+    ClientState,
+    ClientUpdate,
+    MixingPlan,
+    MixRow,
+    Part,
+    Relevance,
+    SharedTensors,
+    UpdateHeader,
+)
+from fedml_plugin_fedmosaic.core.work import LocalResult, Work
+from fedml_plugin_fedmosaic.equations.peers import above_threshold, scaled_softmax
+from fedml_plugin_fedmosaic.strategies.base import ServerState, StrategyBase
+from fedml_plugin_fedmosaic.strategies.common import (
+    check_participants,
+    layouts_by_client,
+    receive,
+    shared_tensors,
+    weight_matrix,
+)
+from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgClient
+from fedml_plugin_fedmosaic.strategies.vectors import (
+    layer_tensors,
+    members_by_layout,
+    projection_note,
+    vector_of,
+)
+
+NOTE = "factor"
+_NORM_FLOOR = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FactorizedOptions:
+    """Options of Factorized-FL."""
+
+    share: Literal["A", "B", "both"] = "A"
+    """The factor that is averaged; ``both``: whole adapters, still among chosen peers only."""
+    compare: Literal["A", "B"] = "B"
+    """The factor whose cosine chooses the peers."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    """Smallest cosine of a peer (tau)."""
+    least_peers: Annotated[int, Field(ge=1)] = 1
+    """Peers that a client has at least, itself included (n_min)."""
+    sharpness: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """How much more a similar peer counts (a); 0: all peers alike."""
+    projection: Annotated[int, Field(ge=1)] = 512
+    """Numbers of the random projection of the compared factor."""
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The factors that travel."""
+        return frozenset({Part.A, Part.B} if self.share == "both" else {Part(self.share)})
+
+
+class FactorizedClient(FedAvgClient):
+    """Receives the shared factor, trains both, uploads the shared one.
+
+    Args:
+        options: the strategy's options.
+    """
+
+    def __init__(self, options: FactorizedOptions) -> None:
+        self._options = options
+
+    def prepare(
+        self, downlink: SharedTensors, state: ClientState, context: ClientContext
+    ) -> tuple[ClientState, tuple[Work, ...]]:
+        """Replaces the shared factor; the other one stays.
+
+        Raises:
+            PlanError: the downlink does not fit the client's adapter.
+        """
+        shared = {key: state.adapter[key] for key in state.adapter if self._is_shared(key.part)}
+        received = receive(shared, downlink, Branch.LOCAL, state.client_id)
+        return super().prepare({}, replace(state, adapter={**state.adapter, **received}), context)
+
+    def finish(
+        self,
+        result: LocalResult,
+        state: ClientState,
+        context: ClientContext,
+        header: UpdateHeader,
+    ) -> tuple[ClientUpdate, ClientState]:
+        """Uploads the shared factor, and in the header a projection of the compared one."""
+        after = replace(state, adapter=dict(result.adapter))
+        last = layer_tensors(
+            _factor(result.adapter, frozenset({Part(self._options.compare)}))
+        ).popitem()[1]
+        note = projection_note(last, self._options.projection, context.seed)
+        tensors = _factor(result.adapter, self._options.parts)
+        header = replace(header, notes={**header.notes, NOTE: note})
+        return ClientUpdate(header=header, tensors=tensors), after
+
+    def _is_shared(self, part: Part) -> bool:
+        return part in self._options.parts
+
+
+class Factorized(StrategyBase):
+    """One factor is averaged among clients whose other factor is similar."""
+
+    name: ClassVar[str] = "factorized"
+    adapter: ClassVar[str] = "lora"
+    Options: ClassVar[type] = FactorizedOptions
+
+    def __init__(self, options: FactorizedOptions) -> None:
+        self.options = options
+        self._client = FactorizedClient(options)
+
+    @property
+    def client(self) -> FactorizedClient:
+        """The client half."""
+        return self._client
+
+    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
+        """Remembers the clients and the seed; nobody has a factor yet.
+
+        Raises:
+            PlanError: no client, or an id twice.
+        """
+        return {"seed": seed, "layouts": layouts_by_client(manifests), "factors": {}}
+
+    def plan(
+        self,
+        state: ServerState,
+        headers: Sequence[UpdateHeader],
+        relevance: Relevance | None = None,  # noqa: ARG002 - the contract's signature
+    ) -> tuple[ServerState, MixingPlan]:
+        """One row per client that ever took part.
+
+        Raises:
+            PlanError: a header of an unknown client, two of one client, or without a projection.
+        """
+        check_participants(state["layouts"], [header.client_id for header in headers])
+        width = self.options.projection
+        fresh = {str(header.client_id): vector_of(header, NOTE, width) for header in headers}
+        after: dict[str, Any] = {**state, "factors": {**state["factors"], **fresh}}
+        everyone = [int(client) for client in state["layouts"]]
+        position = {client: index for index, client in enumerate(sorted(everyone))}
+        similarity = torch.full((len(everyone), len(everyone)), float("nan"))
+        rows: list[MixRow] = []
+        known = [int(client) for client in after["factors"]]
+        for members in members_by_layout(state["layouts"], known).values():
+            cosines = self._cosines(after["factors"], members)
+            places = [position[client] for client in members]
+            for place, values in zip(places, cosines, strict=True):
+                similarity[place, places] = torch.tensor(values)
+            rows += [self._row(place, members, values) for place, values in enumerate(cosines)]
+        rows.sort(key=lambda row: row.target)
+        plan = MixingPlan(
+            rows={CHANNEL_CONV: tuple(rows)} if rows else {},
+            relevance=similarity,
+            weights=weight_matrix(everyone, rows),
+        )
+        return after, plan
+
+    def _cosines(self, factors: Mapping[str, Any], members: Sequence[int]) -> list[list[float]]:
+        vectors = torch.stack([factors[str(client)] for client in members]).double()
+        unit = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(_NORM_FLOOR)
+        # A client is always its own peer, also while its factor is still 0.
+        cosines: list[list[float]] = (unit @ unit.T).fill_diagonal_(1.0).tolist()
+        return cosines
+
+    def _row(self, place: int, members: Sequence[int], cosines: Sequence[float]) -> MixRow:
+        options = self.options
+        # Itself first: with equal cosines others must not crowd it out.
+        order = [place, *(other for other in range(len(members)) if other != place)]
+        peers = above_threshold(
+            [cosines[other] for other in order], options.threshold, options.least_peers
+        )
+        chosen = sorted(order[peer] for peer in peers)
+        weights = scaled_softmax([cosines[other] for other in chosen], options.sharpness)
+        return MixRow(
+            target=members[place],
+            sources=tuple(members[other] for other in chosen),
+            weights=weights,
+        )
+
+
+def _factor(adapter: AdapterState, parts: frozenset[Part]) -> SharedTensors:
+    """The local branch's tensors of some factors."""
+    kept = {key: tensor for key, tensor in adapter.items() if key.part in parts}
+    return shared_tensors(kept, {CHANNEL_CONV})

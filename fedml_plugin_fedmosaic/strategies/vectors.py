@@ -1,0 +1,86 @@
+"""Short vectors in headers: what a client says about its weights so that the server can compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedml_plugin_fedmosaic.core.errors import PlanError
+from fedml_plugin_fedmosaic.core.types import CHANNEL_CONV, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.equations.projection import project
+
+
+def layer_tensors(tensors: SharedTensors) -> dict[int, dict[str, Tensor]]:
+    """Decoder layer -> its tensors of the channel ``conv``, ascending."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name in sorted(tensors):
+        channel, _, rest = name.partition("/")
+        if channel == CHANNEL_CONV:
+            layers.setdefault(int(rest.partition("/")[0]), {})[name] = tensors[name]
+    return dict(sorted(layers.items()))
+
+
+def projection_note(tensors: SharedTensors, width: int, seed: int) -> list[float]:
+    """A random projection of the tensors as JSON numbers; see ``equations.projection``."""
+    numbers: list[float] = project(tensors, width, seed).tolist()
+    return numbers
+
+
+def vector_of(header: UpdateHeader, note: str, width: int) -> Tensor:
+    """A vector that a client put into its header's notes.
+
+    Args:
+        header: of the update.
+        note: name of the note.
+        width: numbers expected.
+
+    Returns:
+        (width,) float32.
+
+    Raises:
+        PlanError: the note is missing or not so many finite numbers.
+    """
+    wrapped = replace(header, notes={note: [header.notes.get(note)]})
+    return matrix_of(wrapped, note, 1, width)[0]
+
+
+def matrix_of(header: UpdateHeader, note: str, rows: int, columns: int) -> Tensor:
+    """Rows of numbers that a client put into its header's notes.
+
+    Returns:
+        (rows, columns) float32.
+
+    Raises:
+        PlanError: the note is missing or not of this shape, or a value is not finite.
+    """
+    table: Any = header.notes.get(note)
+    ok = (
+        isinstance(table, list)
+        and len(table) == rows
+        and all(isinstance(row, list) and len(row) == columns for row in table)
+    )
+    matrix = torch.tensor(table, dtype=torch.float32) if ok else torch.full((1,), float("nan"))
+    if not bool(matrix.isfinite().all()):
+        found = "nothing" if table is None else "something else"
+        raise PlanError(
+            f"client {header.client_id}, round {header.round_idx + 1}: the header's note {note!r} "
+            f"must be {rows} x {columns} finite numbers, got {found}",
+            hint="clients and server must run the same strategy with the same options",
+        )
+    return matrix
+
+
+def members_by_layout(
+    layouts: Mapping[str, Mapping[str, str]], clients: Sequence[int]
+) -> dict[str, list[int]]:
+    """Layout digest of the channel ``conv`` -> clients of it, ascending."""
+    found: dict[str, list[int]] = {}
+    for client in sorted(clients):
+        digest = layouts[str(client)].get(CHANNEL_CONV)
+        if digest is not None:
+            found.setdefault(digest, []).append(client)
+    return found
