@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 300
-CUT_RUN_S = 100
+CUT_RUN_S = 75
 LONG = ("--set", "comm_round=4", "--set", "optim.num_steps=300")
 ZERO3 = {"zero_optimization": {"stage": 3}}
 
