@@ -101,3 +101,60 @@ def fetch(
                 f"data set {data.source!r} has no source to fetch from; known: {', '.join(SOURCES)}"
             )
         click.echo(SOURCES[data.source]().fetch(data, repo, click.echo))
+
+
+@command.group()
+def build() -> None:
+    """Make the data of tasks in the published layout."""
+
+
+@build.command("text-tasks")
+@click.argument("tasks", nargs=-1, metavar="[TASK]...")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
+@click.option(
+    "--sources",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    envvar="FEDMOSAIC_DATA_SOURCES",
+    metavar="DIR",
+    help="Folder with the source files instead of downloads.",
+)
+@click.option("--train", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--test", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--public", type=click.IntRange(0), default=50, show_default=True)
+@click.option("--max-words", type=click.IntRange(1), default=48, show_default=True)
+@debug_option
+def text_tasks(
+    *,
+    tasks: tuple[str, ...],
+    out: Path | None,
+    sources: Path | None,
+    train: int,
+    test: int,
+    public: int,
+    max_words: int,
+) -> None:
+    """Make real text tasks: sentiment, topics, inference, meaning, reasoning.
+
+    TASK is a name such as sst2-0; all of them when omitted. --train, --test and --public are rows
+    per task; texts of more than --max-words words are cut, or left out where their end may decide.
+    Without --out they go where 'data: {source: text}' looks for them. Each data set keeps its own
+    licence, see origin.json.
+
+    \b
+    Examples:
+      fedmosaic data build text-tasks
+      fedmosaic data build text-tasks sst2-0 agnews-1 --out text --max-words 40
+    """
+    from fedml_plugin_fedmosaic.data.text_files import TEXT_SETS
+    from fedml_plugin_fedmosaic.data.text_tasks import (
+        BuildOptions,
+        build_text_tasks,
+        default_root,
+    )
+
+    root = out or default_root()
+    options = BuildOptions(train=train, test=test, public=public, max_words=max_words)
+    for task, rows in build_text_tasks(root, tasks, options, sources=sources, say=click.echo):
+        counts = ", ".join(f"{count} {split}" for split, count in rows.items())
+        click.echo(f"{task.name:10} {task.group:10} {counts:38} {TEXT_SETS[task.source].licence}")
+    click.echo(root)

@@ -120,7 +120,9 @@ class ModelSpec:
     """One entry of ``model_args: {models: ...}``."""
 
     path: str
-    """``bundled:<name>``, a folder, or a Hugging Face model id."""
+    """A folder, a ``*.gguf`` file, ``pip:PACKAGE``, ``bundled:NAME``, or a hub id."""
+    layers: PositiveInt | None = None
+    """Decoder layers that a depth cut keeps; all when omitted."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen base weights; adapters are float32."""
     size: str | None = None
@@ -129,8 +131,10 @@ class ModelSpec:
     """MPI ranks that train a client of this model together."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """What trains it; ``auto``: DeepSpeed if ``ranks`` is more than 1, else plain PyTorch."""
-    quantization: Literal["none", "int8"] = "none"
-    """``int8``: linears with 8-bit weights (torchao), for a model that is only the proxy."""
+    quantization: Literal["none", "int8", "bnb_int8", "bnb_nf4"] = "none"
+    """``int8``: torchao, for a mere proxy. ``bnb_int8``, ``bnb_nf4``: bitsandbytes, 8 or 4 bits."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernels; ``auto``: the fastest that model and machine have."""
 
     def __post_init__(self) -> None:
         """Plain PyTorch trains on one rank, and nothing trains 8-bit weights.

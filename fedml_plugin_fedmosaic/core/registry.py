@@ -110,6 +110,7 @@ DATASETS = Registry(
     },
 )
 SOURCES = Registry(
+        "text": f"{_ROOT}.data.text_tasks:load_text",
     "sources",
     {
         "drake": f"{_ROOT}.data.sources:DrakeSource",
@@ -119,6 +120,7 @@ SOURCES = Registry(
 COMMUNICATORS = Registry(
     "communicators",
     {
+        "text": f"{_ROOT}.data.text_tasks:TextSource",
         "local": f"{_ROOT}.comm.local:LocalCommunicator",
         "mpi": f"{_ROOT}.comm.mpi:MPICommunicator",
     },

@@ -22,6 +22,14 @@ from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
 
 IMAGE_MARK = "<image>"
 IGNORE = -100
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "Answer: {{ message['content'] | trim }}{{ eos_token }}\n"
+    "{% else %}{{ message['content'] | trim }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
+)
+"""For tokenizers without a chat template: plain text, ``Answer:`` before each answer."""
 _PROBE = "probe"
 _MAX_PIECE = 256
 _MAX_PIECES = 10_000
@@ -128,7 +136,7 @@ class PromptEncoder:
     def end_of_turn(self) -> int | None:
         """Id of the token that ends an assistant turn; None if the template has none."""
         text, _ = next(part for part in self._segments((_PROBE, _PROBE)) if part[1])
-        ids = self._ids(text.removeprefix(_PROBE))
+        ids = self._ids(text[text.index(_PROBE) + len(_PROBE) :])
         return ids[0] if ids else None
 
     def _needs_parts(self) -> bool:

@@ -11,12 +11,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,25 +24,33 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from fedml_plugin_fedmosaic.adapters.base import InjectedAdapter
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
-from fedml_plugin_fedmosaic.data.prompt import PromptEncoder
+from fedml_plugin_fedmosaic.data.prompt import PLAIN_TEMPLATE, PromptEncoder
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
-from fedml_plugin_fedmosaic.engine.hub import cached_folder
+from fedml_plugin_fedmosaic.engine.parts import (
+    decoder_layers,
+    down_projection,
+    final_norm,
+    full_shape,
+    last_down_projection,
+)
+from fedml_plugin_fedmosaic.engine.places import errors_named as errors_named
+from fedml_plugin_fedmosaic.engine.places import model_folder
+from fedml_plugin_fedmosaic.engine.places import resolve as resolve
 from fedml_plugin_fedmosaic.engine.processor import (
     ImageSource,
     PixelSource,
     Processor,
     bundled_features,
 )
-from fedml_plugin_fedmosaic.engine.quantize import quantise_linears
+from fedml_plugin_fedmosaic.engine.quantize import packed_options, quantise_linears
 
-BUNDLED = "bundled:"
 CACHED_TOWER = "cached_tower"
 
 _SIGNATURE_FIELDS = (
@@ -146,7 +152,7 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
         ConfigError: no such model, files are missing or damaged, or the model is of a kind that
             this package cannot train.
     """
-    source = resolve(name, spec.path)
+    source = model_folder(name, spec)
     with errors_named(name, spec.path), _no_progress_bars():
         loader, _ = model_class(source)
         model, report = loader.from_pretrained(
@@ -155,6 +161,8 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
             use_safetensors=True,
             dtype=getattr(torch, spec.dtype),
             output_loading_info=True,
+            **attention_options(spec, device),
+            **packed_options(name, spec, device),
         )
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
@@ -168,9 +176,25 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
     if spec.quantization == "int8":
         # The closed-form gradient reads the last down projection's weight; norms and head are not
         # among the body's linears.
-        quantise_linears(name, model.base_model, keep=[_last_down_projection(name, model)])
-    model.to(device)
+        quantise_linears(name, model.base_model, keep=[last_down_projection(name, model)])
+    if not spec.quantization.startswith("bnb_"):  # which loads them to where they belong
+        model.to(device)
     return build_bundle(name, spec, model, source, device)
+
+
+def attention_options(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for the attention kernels.
+
+    With ``auto``, transformers takes PyTorch's fused attention where the architecture allows it,
+    and plain matrix products where not (soft-capped scores); flash attention is preferred on a GPU
+    that has it, for half-precision weights.
+    """
+    if spec.attention != "auto":
+        return {"attn_implementation": spec.attention}
+    half = spec.dtype in ("bfloat16", "float16")
+    if device.type == "cuda" and half and is_flash_attn_2_available():
+        return {"attn_implementation": "flash_attention_2"}
+    return {}
 
 
 def model_class(source: str) -> tuple[Any, str | None]:
@@ -218,7 +242,7 @@ def _bundle(
 ) -> ModelBundle:
     text_config = model.config.get_text_config()
     text_model = model.get_decoder()
-    layers = _decoder_layers(text_model, text_config.num_hidden_layers, name)
+    layers = decoder_layers(text_model, text_config.num_hidden_layers, name)
     encoder = PromptEncoder(
         tokenizer,
         image_token_id=None if images is None else _image_token_id(model.config, name),
@@ -226,7 +250,7 @@ def _bundle(
     )
     end_ids = {encoder.end_of_turn(), tokenizer.eos_token_id} - {None}
     dtype = getattr(torch, spec.dtype)
-    num_parameters = sum(_full_shape(parameter).numel() for parameter in model.parameters())
+    num_parameters = sum(full_shape(parameter).numel() for parameter in model.parameters())
     return ModelBundle(
         model=model,
         processor=Processor(
@@ -249,17 +273,9 @@ def _bundle(
         device=device,
         text_model=text_model,
         decoder_layers=layers,
-        final_norm=_final_norm(text_model, text_config.hidden_size, name),
-        down_proj_name=_down_projection(
-            layers[-1], text_config.intermediate_size, text_config.hidden_size, name
-        ),
+        final_norm=final_norm(text_model, text_config.hidden_size, name),
+        down_proj_name=down_projection(layers[-1], text_config, name),
     )
-
-
-def _full_shape(weight: Tensor) -> torch.Size:
-    """Shape of a weight, also if this rank holds only a piece of it."""
-    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
-    return shape
 
 
 def signature(text_config: PretrainedConfig) -> str:
@@ -276,53 +292,6 @@ def size_label(num_parameters: int) -> str:
     if num_parameters >= 100_000:
         return f"{num_parameters / 1e6:.1f}M"
     return f"{num_parameters / 1e3:.0f}K"
-
-
-def resolve(name: str, path: str) -> str:
-    """The folder that a specification means: its own, a bundled one, or the hub's cache.
-
-    Raises:
-        ConfigError: there is no such model, or it is not in the cache.
-    """
-    if path.startswith(BUNDLED):
-        root = resources.files("fedml_plugin_fedmosaic") / "assets" / "models"
-        folder = Path(str(root)) / path.removeprefix(BUNDLED)
-        if not (folder / "config.json").is_file():
-            known = sorted(item.parent.name for item in Path(str(root)).glob("*/config.json"))
-            raise ConfigError(
-                f"model {name!r}: there is no bundled model {path.removeprefix(BUNDLED)!r}",
-                hint=f"bundled models: {', '.join(known) or 'none'}",
-            )
-        return str(folder)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"model {name!r}: expected a file config.json in folder {path!r}, got none",
-                hint="give the folder that a model was saved to with save_pretrained",
-            )
-        return str(folder)
-    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise ConfigError(
-            f"model {name!r}: expected a model folder at {path!r}, got "
-            + ("a file" if folder.exists() else "nothing"),
-            hint="give an existing folder, bundled:<name>, or a hub id such as owner/model",
-        )
-    return str(cached_folder(name, path))
-
-
-@contextmanager
-def errors_named(name: str, path: str) -> Iterator[None]:
-    """Turns the library's errors while a model is read into :class:`ConfigError`."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"model {name!r} cannot be loaded from {path!r}: {reason}",
-            hint="nothing is downloaded in a run: give a folder with config.json, *.safetensors "
-            "and the tokenizer's files, or fetch a hub id once with 'fedmosaic models fetch ID'",
-        ) from error
 
 
 @contextmanager
@@ -350,6 +319,9 @@ def _load_tokenizer(source: str) -> Any:
         if path is not None:
             text = json.loads(Path(path).read_text(encoding="utf-8"))
             tokenizer.chat_template = text["chat_template"]
+    if not tokenizer.chat_template and tokenizer.eos_token is not None:
+        # A base model that was never taught a conversation.
+        tokenizer.chat_template = PLAIN_TEMPLATE
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -386,48 +358,3 @@ def _tokens_per_image(model: Any, images: ImageSource) -> int:
     features = model.get_image_features(pixel_values=pixels)
     features = getattr(features, "pooler_output", features)
     return int(features[0].shape[-2])
-
-
-def _decoder_layers(text_model: nn.Module, num_layers: int, name: str) -> nn.ModuleList:
-    for child in text_model.children():
-        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-            return child
-    raise ConfigError(
-        f"model {name!r}: expected a list of {num_layers} decoder layers in "
-        f"{type(text_model).__name__}, got none",
-        hint="use a decoder-only text tower such as Llama or Qwen2",
-    )
-
-
-def _final_norm(text_model: nn.Module, hidden: int, name: str) -> nn.Module:
-    norms = [
-        child
-        for child in text_model.children()
-        if isinstance(weight := getattr(child, "weight", None), Tensor)
-        and tuple(_full_shape(weight)) == (hidden,)
-    ]
-    if not norms:
-        raise ConfigError(f"model {name!r}: no final normalisation of width {hidden} found")
-    return norms[-1]
-
-
-def _last_down_projection(name: str, model: Any) -> nn.Module:
-    config = model.config.get_text_config()
-    layer = _decoder_layers(model.get_decoder(), config.num_hidden_layers, name)[-1]
-    path = _down_projection(layer, config.intermediate_size, config.hidden_size, name)
-    return layer.get_submodule(path)
-
-
-def _down_projection(layer: nn.Module, inner: int, hidden: int, name: str) -> str:
-    found = [
-        module_name
-        for module_name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-        and (module.in_features, module.out_features) == (inner, hidden)
-    ]
-    if not found:
-        raise ConfigError(
-            f"model {name!r}: no linear from {inner} to {hidden} in its last decoder layer",
-            hint="use a decoder with a gated feed-forward part, such as Llama or Qwen2",
-        )
-    return str(found[-1])

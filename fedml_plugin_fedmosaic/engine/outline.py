@@ -17,10 +17,10 @@ from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.models import (
     CACHED_TOWER,
     errors_named,
-    resolve,
     signature,
     size_label,
 )
+from fedml_plugin_fedmosaic.engine.places import model_folder
 
 
 def outline_model(name: str, spec: ModelSpec) -> ModelInfo:
@@ -35,7 +35,7 @@ def outline_model(name: str, spec: ModelSpec) -> ModelInfo:
     Raises:
         ConfigError: no such model, or its configuration is damaged.
     """
-    source = resolve(name, spec.path)
+    source = model_folder(name, spec)
     with errors_named(name, spec.path):
         fields, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
         if (fields.get("vision_config") or {}).get("model_type") == CACHED_TOWER:

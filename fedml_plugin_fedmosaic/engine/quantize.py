@@ -1,16 +1,23 @@
-"""Weights of 8 bits for a model that is only the proxy of the sketches.
+"""Base models with weights of 8 or 4 bits.
 
-Weight-only: each row of a linear's weight becomes integers from -128 to 127 and one scale
-(torchao's ``Int8WeightOnlyConfig``); activations keep their dtype. No client can
-train such a model.
+``int8`` is for a model that is only the proxy of the sketches, and weight-only: each row of a
+linear's weight becomes integers from -128 to 127 and one scale (torchao's
+``Int8WeightOnlyConfig``); activations keep their dtype. No client can train such a model.
+
+``bnb_int8`` and ``bnb_nf4`` are bitsandbytes' LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) and
+4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
+Gradients pass through their linears, so clients can train adapters, which stay in float32, on them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Mapping
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError
@@ -29,6 +36,9 @@ def check_quantised(models: Mapping[str, ModelSpec], trained: Collection[str]) -
     for name, spec in models.items():
         if spec.quantization == "none":
             continue
+        if spec.quantization.startswith("bnb_"):
+            _require_bitsandbytes(name, spec)
+            continue
         if name in trained:
             raise ConfigError(
                 f"model {name!r} has quantization {spec.quantization}, but a client trains it",
@@ -37,6 +47,37 @@ def check_quantised(models: Mapping[str, ModelSpec], trained: Collection[str]) -
                 "sketch_args.sketch.proxy",
             )
         _require_torchao(name)
+
+
+def packed_options(name: str, spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that load a model's linears packed by bitsandbytes.
+
+    Output embedding and norms keep ``spec.dtype``, which is also what products are computed in.
+
+    Args:
+        name: the model's name in the configuration.
+        spec: of the model.
+        device: where the weights go.
+
+    Returns:
+        Nothing unless ``spec.quantization`` is one of bitsandbytes'.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if not spec.quantization.startswith("bnb_"):
+        return {}
+    _require_bitsandbytes(name, spec)
+    if spec.quantization == "bnb_int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def quantise_linears(name: str, body: nn.Module, keep: Collection[nn.Module]) -> None:
@@ -79,4 +120,13 @@ def _require_torchao(name: str) -> None:
         raise ConfigError(
             f"model {name!r} has quantization int8, which needs torchao; it is not installed",
             hint="pip install 'fedml-plugin-fedmosaic[quantize]'",
+        )
+
+
+def _require_bitsandbytes(name: str, spec: ModelSpec) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model {name!r} has quantization {spec.quantization}, which needs bitsandbytes; it is "
+            "not installed",
+            hint="pip install 'fedml-plugin-fedmosaic[bitsandbytes]'",
         )

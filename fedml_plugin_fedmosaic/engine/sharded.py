@@ -38,8 +38,8 @@ from fedml_plugin_fedmosaic.engine.models import (
     errors_named,
     load_model,
     model_class,
-    resolve,
 )
+from fedml_plugin_fedmosaic.engine.places import model_folder
 
 _MMAP_THRESHOLD = -3  # glibc's name of the option
 _LARGE_BYTES = 1 << 18
@@ -118,7 +118,7 @@ def load_sharded_model(
             its configuration does not fit.
         CommError: the ranks cannot meet.
     """
-    source = resolve(name, spec.path)
+    source = model_folder(name, spec)
     with errors_named(name, spec.path):
         loader, _ = model_class(source)
         config = AutoConfig.from_pretrained(source, local_files_only=True)
