@@ -58,7 +58,8 @@ def command(
     from fedml_plugin_fedmosaic.core.errors import ConfigError
     from fedml_plugin_fedmosaic.report.comparison import write_comparison
     from fedml_plugin_fedmosaic.report.html import write_report
-    from fedml_plugin_fedmosaic.report.tables import compare_rows, write_summary
+    from fedml_plugin_fedmosaic.report.measures import compare_rows
+    from fedml_plugin_fedmosaic.report.tables import write_summary
 
     names = list(dict.fromkeys(part.strip() for part in strategies.split(",") if part.strip()))
     if not names:

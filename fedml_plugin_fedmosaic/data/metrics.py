@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
@@ -318,67 +317,3 @@ def a_auc(curve: Sequence[float]) -> float:
     if not curve:
         raise DataError("A_AUC of a run that was never evaluated")
     return math.fsum(curve) / len(curve)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean with its confidence interval.
-
-    Attributes:
-        mean: arithmetic mean.
-        half_width: half the width of the confidence interval; None for a single value.
-        count: number of values.
-    """
-
-    mean: float
-    half_width: float | None
-    count: int
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of independent runs with a Student t confidence interval.
-
-    Args:
-        values: one number per run (seed).
-        confidence: probability that the interval covers the mean, in (0, 1).
-
-    Raises:
-        DataError: no value.
-        ConfigError: ``confidence`` outside (0, 1).
-    """
-    if not values:
-        raise DataError("mean of no values")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence}; expected a number in (0, 1)")
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Estimate(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    quantile = _student_quantile(confidence, count - 1)
-    return Estimate(mean, quantile * math.sqrt(variance / count), count)
-
-
-def _student_quantile(confidence: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = confidence, by bisection on atan(t / sqrt(freedom))."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        if _student_central(middle, freedom) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def _student_central(angle: float, freedom: int) -> float:
-    """P(|T| <= t) at t = sqrt(freedom) tan(angle): the finite series for whole degrees."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2 == 1
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for index in range(1 if odd else 0, freedom - 1, 2):
-        total += term
-        term *= (index + 1) / (index + 2) * cosine**2
-    if odd:
-        return 2 / math.pi * (angle + sine * total)
-    return sine * total

@@ -6,22 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedml_plugin_fedmosaic.core.errors import DataError
-from fedml_plugin_fedmosaic.data.metrics import mean_interval
+from fedml_plugin_fedmosaic.data.statistics import mean_interval
 from fedml_plugin_fedmosaic.report import plots
 from fedml_plugin_fedmosaic.report.html import render, write_page
-from fedml_plugin_fedmosaic.report.metrics import Run, load_run
-from fedml_plugin_fedmosaic.report.numbers import percent
-from fedml_plugin_fedmosaic.report.parts import Figure, Section
-from fedml_plugin_fedmosaic.report.records import BASE
-from fedml_plugin_fedmosaic.report.tables import (
+from fedml_plugin_fedmosaic.report.measures import (
     MEASURES,
-    REFERENCE,
-    SummaryTable,
     comparison_table,
     measured,
     paired_differences,
     strategies_of,
 )
+from fedml_plugin_fedmosaic.report.metrics import Run, load_run
+from fedml_plugin_fedmosaic.report.numbers import percent
+from fedml_plugin_fedmosaic.report.parts import Figure, Section
+from fedml_plugin_fedmosaic.report.records import BASE
+from fedml_plugin_fedmosaic.report.tables import REFERENCE, SummaryTable
 
 Interval = tuple[str, float, float | None, list[float]]
 
@@ -40,8 +39,8 @@ def score_intervals(values: Mapping[str, Sequence[float]]) -> list[Interval]:
 def _scores(runs: Sequence[Run]) -> Section | None:
     panels = {}
     for measure in MEASURES:
-        title = measure.name.replace("\n", " ")
-        if measure.is_score and "AUC" not in title:
+        title = measure.title
+        if measure.is_main:
             values = {name: measured(runs, name, measure) for name in strategies_of(runs)}
             panels[title] = score_intervals(values)
     panels = {title: items for title, items in panels.items() if items}
@@ -56,9 +55,9 @@ def _differences(runs: Sequence[Run]) -> Section | None:
     names = [name for name in strategies_of(runs) if name not in (BASE, REFERENCE)]
     panels = {}
     for measure in MEASURES:
-        if measure.is_score:
+        if measure.is_main:
             values = {name: paired_differences(runs, name, measure) for name in names}
-            panels[measure.name.replace("\n", " ")] = score_intervals(values)
+            panels[measure.title] = score_intervals(values)
     panels = {title: items for title, items in panels.items() if items}
     if not panels:
         return None

@@ -11,6 +11,11 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}"
 
 
+def points(value: float | None) -> str:
+    """A difference of shares in percentage points, signed, one decimal; ``-`` for None."""
+    return MISSING if value is None else f"{100 * value:+.1f}"
+
+
 def readable_bytes(value: float | None) -> str:
     """Bytes with a binary unit; ``-`` for None."""
     if value is None:

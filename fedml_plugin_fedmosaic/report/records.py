@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CLIENTS_FILE = "clients.json"
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 RESUMES_FILE = "resumes.jsonl"
+SCHEDULE_FILE = "schedule.json"
 BASE = "base"
 """Name under which the untouched base models are evaluated."""
 
@@ -172,3 +174,28 @@ def read_clients(path: Path) -> tuple[ClientInfo, ...]:
             raise DataError(f"{path}: client at position {position} lacks {error}") from error
         clients.append(ClientInfo(**values))
     return tuple(sorted(clients, key=lambda client: client.client_id))
+
+
+Schedule = Mapping[int, tuple[tuple[int, int] | None, ...]]
+"""Client id -> for each task the first and the last 0-based round in which its samples arrive."""
+
+
+def read_schedule(path: Path) -> Schedule:
+    """Reads ``schedule.json``; empty for a run folder without it.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    record = read_json(path, required=False)
+    try:
+        return {
+            int(client_id): tuple(
+                None if rounds is None else (int(rounds[0]), int(rounds[1])) for rounds in tasks
+            )
+            for client_id, tasks in (record or {}).items()
+        }
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{path}: expected two rounds per task and client ({type(error).__name__}: {error})",
+            hint="remove the file; forgetting and forward transfer will not be shown",
+        ) from error

@@ -13,26 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedml_plugin_fedmosaic.data.metrics import mean_interval
+from fedml_plugin_fedmosaic.data.statistics import mean_interval
 from fedml_plugin_fedmosaic.launch.sweep_manifest import Entry, Manifest
+from fedml_plugin_fedmosaic.report.measures import MEASURES, Measure, known_measures, with_ci
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, load_run
 from fedml_plugin_fedmosaic.report.numbers import MISSING
 from fedml_plugin_fedmosaic.report.records import BASE, CLIENTS_FILE, METRICS_FILE
-from fedml_plugin_fedmosaic.report.tables import MEASURES, Measure, SummaryTable, with_ci
+from fedml_plugin_fedmosaic.report.tables import SummaryTable
 
 MARK = "*"
 """Marks values of runs that have not finished."""
 
 _COLUMNS: Mapping[str, Callable[[StrategyMetrics], float | None]] = {
     # column of the CSV files: value of one run; shares in [0, 1], bytes, seconds
-    "self": lambda m: m.self_mean,
-    "a_auc": lambda m: m.a_auc,
-    "others": lambda m: m.others_mean,
-    "worst_client_self": lambda m: m.worst,
-    "uplink_bytes_per_client_and_round": lambda m: m.bytes_per_client_round("uplink"),
-    "downlink_bytes_per_client_and_round": lambda m: m.bytes_per_client_round("downlink"),
-    "steps": lambda m: float(m.num_steps) if m.trained else None,
-    "train_s": lambda m: m.train_s,
+    measure.key: measure.read
+    for measure in MEASURES
 }
 _OBJECTIVES: Mapping[str, Callable[[StrategyMetrics], float | None]] = {
     "self": lambda m: m.self_mean,
@@ -187,11 +182,12 @@ def sweep_table(results: SweepResults) -> SummaryTable:
     """One row per group: axes, finished runs, scores with intervals, bytes, steps, seconds."""
     groups = results.groups
     axes = list(dict.fromkeys(name for group in groups for name in group.levels))
+    measures = known_measures(metrics for group in groups for metrics in group.shown)
     rows = [
         [
             *(str(group.levels.get(axis, MISSING)) for axis in axes),
             group.count,
-            *(_cell(group, measure) for measure in MEASURES),
+            *(_cell(group, measure) for measure in measures),
         ]
         for group in groups
     ]
@@ -204,7 +200,7 @@ def sweep_table(results: SweepResults) -> SummaryTable:
     if missing:
         text = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         notes.append(f"Missing or failed: {text}; the same 'fedmosaic sweep' starts them again.")
-    columns = [*axes, "runs", *(measure.name for measure in MEASURES)]
+    columns = [*axes, "runs", *(measure.name for measure in measures)]
     return SummaryTable(columns, rows, notes, num_left=len(axes))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedml_plugin_fedmosaic.report import matrix_plots, plots
 from fedml_plugin_fedmosaic.report.comparison import score_intervals
 from fedml_plugin_fedmosaic.report.html import render, write_page
+from fedml_plugin_fedmosaic.report.measures import MEASURES
 from fedml_plugin_fedmosaic.report.metrics import mean
 from fedml_plugin_fedmosaic.report.numbers import MISSING, percent
 from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
@@ -19,7 +20,7 @@ from fedml_plugin_fedmosaic.report.sweep import (
     runs_csv,
     sweep_table,
 )
-from fedml_plugin_fedmosaic.report.tables import MEASURES, SummaryTable
+from fedml_plugin_fedmosaic.report.tables import SummaryTable
 
 PAGE_FILE = "sweep.html"
 RUNS_CSV = "runs.csv"
@@ -50,8 +51,8 @@ def _status_table(results: SweepResults) -> SummaryTable:
 def _intervals(groups: Sequence[Group]) -> Figure | None:
     panels = {}
     for measure in MEASURES:
-        title = measure.name.replace("\n", " ")
-        if measure.is_score and "AUC" not in title:
+        title = measure.title
+        if measure.is_main:
             items = score_intervals({g.name: g.values(measure.read) for g in groups})
             if items:
                 panels[title] = items
@@ -75,8 +76,8 @@ def _heat_maps(groups: Sequence[Group]) -> list[Figure]:
     place = {tuple(group.levels[axis] for axis in axes): group for group in groups}
     figures = []
     for measure in MEASURES:
-        title = measure.name.replace("\n", " ")
-        if not measure.is_score or "AUC" in title:
+        title = measure.title
+        if not measure.is_main:
             continue
         cells = [
             [mean(place[a, b].values(measure.read)) if (a, b) in place else None for b in labels[1]]

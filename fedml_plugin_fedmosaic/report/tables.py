@@ -1,18 +1,17 @@
-"""Result tables as text cells: one run per client, several runs per strategy."""
+"""The result of one run: a table with a row per client, and ``summary.json``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedml_plugin_fedmosaic.core.errors import DataError
-from fedml_plugin_fedmosaic.data.metrics import mean_interval
+from fedml_plugin_fedmosaic.report.learning import forgetting_of, forward_transfer_of
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, load_run, mean
-from fedml_plugin_fedmosaic.report.numbers import MISSING, percent, readable_bytes, seconds
+from fedml_plugin_fedmosaic.report.numbers import MISSING, percent, points
 from fedml_plugin_fedmosaic.report.records import BASE
 
 SUMMARY_FILE = "summary.json"
@@ -20,6 +19,13 @@ MAX_WIDTH = 100
 """Columns of text that a summary may take, with three characters between two columns."""
 REFERENCE = "local"
 """Strategy that paired differences are taken to."""
+
+
+_NOTES = {
+    "A_AUC": "A_AUC: mean Self over all evaluated rounds; the mean above is A_last.",
+    "forgetting": "Forgetting: fall from a task's best score since its samples stopped arriving.",
+    "transfer": "Transfer: gain over the base model on tasks whose samples had not arrived yet.",
+}
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,11 @@ def _summary(run: Run, names: Sequence[str], max_width: int) -> SummaryTable:
         for c in run.clients
     ]
     models = [client.label for client in run.clients]
+    shown = _all(run, names)
     footer = [
-        ["mean", "", "", *(_pair(m.self_mean, m.others_mean) for m in _all(run, names))],
-        ["worst client", "", "", *(_pair(m.worst, m.worst_others) for m in _all(run, names))],
+        ["mean", "", "", *(_pair(m.self_mean, m.others_mean) for m in shown)],
+        ["worst client", "", "", *(_pair(m.worst, m.worst_others) for m in shown)],
+        *_over_time(shown),
     ]
     fixed = SummaryTable(
         columns,
@@ -141,6 +149,16 @@ def _summary(run: Run, names: Sequence[str], max_width: int) -> SummaryTable:
     return SummaryTable(columns, [*rows, *footer], [], num_left=3, num_footer=len(footer))
 
 
+def _over_time(shown: Sequence[StrategyMetrics]) -> list[list[str]]:
+    """Footer rows of what is measured over the rounds, as far as it can be said."""
+    rows = (
+        ("A_AUC", [percent(m.a_auc) for m in shown]),
+        ("forgetting", [points(m.forgetting) for m in shown]),
+        ("transfer", [points(m.forward_transfer) for m in shown]),
+    )
+    return [[head, "", "", *cells] for head, cells in rows if set(cells) != {MISSING}]
+
+
 def _all(run: Run, names: Sequence[str]) -> list[StrategyMetrics]:
     return [run.strategies[name] for name in names]
 
@@ -154,6 +172,8 @@ def summary_table(run: Run, max_width: int | None = MAX_WIDTH) -> SummaryTable:
         "mean over tasks."
     ]
     table = _summary(run, names, limit)
+    over_time = {row[0] for row in table.rows[-table.num_footer :]}
+    notes += [text for head, text in _NOTES.items() if head in over_time]
     left_out: list[str] = []
     # Base, reference and main strategy stay as long as possible.
     optional = [name for name in names if name not in (BASE, REFERENCE, run.main)]
@@ -183,139 +203,14 @@ def summary_rows(run_dir: Path) -> SummaryTable:
         run_dir: run folder, finished or not.
 
     Returns:
-        A table at most :data:`MAX_WIDTH` characters wide; the last two rows are the mean over the
-        clients and the worst client (the smallest value of each column).
+        A table at most :data:`MAX_WIDTH` characters wide; the last rows are the mean over the
+        clients, the worst client (the smallest value of each column) and what is measured over the
+        rounds: A_AUC and, where tasks arrive one after the other, forgetting and forward transfer.
 
     Raises:
         DataError: the folder is not a run folder, or a file in it is damaged.
     """
     return summary_table(load_run(run_dir))
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One column of a comparison.
-
-    Attributes:
-        name: header.
-        read: value of one strategy of one run, or None.
-        show: formats a value.
-        is_score: higher is better, so a paired difference to the reference is shown.
-    """
-
-    name: str
-    read: Callable[[StrategyMetrics], float | None]
-    show: Callable[[float | None], str]
-    is_score: bool = False
-
-
-def _count(value: float | None) -> str:
-    return MISSING if value is None else f"{value:,.0f}"
-
-
-MEASURES: tuple[Measure, ...] = (
-    Measure("Self\nA_last", lambda m: m.self_mean, percent, is_score=True),
-    Measure("Self\nA_AUC", lambda m: m.a_auc, percent, is_score=True),
-    Measure("Others\nA_last", lambda m: m.others_mean, percent, is_score=True),
-    Measure("worst client\nSelf", lambda m: m.worst, percent, is_score=True),
-    Measure("up / client\nand round", lambda m: m.bytes_per_client_round("uplink"), readable_bytes),
-    Measure(
-        "down / client\nand round", lambda m: m.bytes_per_client_round("downlink"), readable_bytes
-    ),
-    Measure("steps", lambda m: float(m.num_steps) if m.trained else None, _count),
-    Measure("training\ntime", lambda m: m.train_s, seconds),
-)
-
-
-def paired_differences(
-    runs: Sequence[Run], name: str, measure: Measure, reference: str = REFERENCE
-) -> list[float]:
-    """Differences of a strategy to the reference inside each run that has both."""
-    differences = []
-    for run in runs:
-        if name in run.strategies and reference in run.strategies:
-            ours, theirs = (measure.read(run.strategies[key]) for key in (name, reference))
-            if ours is not None and theirs is not None:
-                differences.append(ours - theirs)
-    return differences
-
-
-def measured(runs: Sequence[Run], name: str, measure: Measure) -> list[float]:
-    """The measure's values in the runs that have the strategy and the value."""
-    found = (measure.read(run.strategies[name]) for run in runs if name in run.strategies)
-    return [value for value in found if value is not None]
-
-
-def strategies_of(runs: Sequence[Run]) -> list[str]:
-    """All strategies of several runs: base first, main ones last."""
-    names = dict.fromkeys(name for run in runs for name in run.ordered)
-    mains = dict.fromkeys(run.main for run in runs if run.main is not None)
-    return [*(name for name in names if name not in mains), *mains]
-
-
-def with_ci(values: Sequence[float], measure: Measure) -> str:
-    """Mean of several runs' values, for scores with the half width of its 95 % interval."""
-    if not values:
-        return MISSING
-    estimate = mean_interval(values)
-    shown = measure.show(estimate.mean)
-    if estimate.half_width is None or not measure.is_score:
-        return shown
-    return f"{shown} ± {percent(estimate.half_width)}"
-
-
-def _difference_cell(values: Sequence[float]) -> str:
-    if not values:
-        return MISSING
-    estimate = mean_interval(values)
-    half = estimate.half_width
-    return f"{100 * estimate.mean:+.1f}" + ("" if half is None else f" ± {percent(half)}")
-
-
-def comparison_table(runs: Sequence[Run]) -> SummaryTable:
-    """Like :func:`compare_rows`, for runs that are already read."""
-    names = strategies_of(runs)
-    compared = [measure for measure in MEASURES if measure.is_score and "AUC" not in measure.name]
-    with_difference = any(REFERENCE in run.strategies for run in runs)
-    columns = ["strategy", "runs", *(measure.name for measure in MEASURES)]
-    if with_difference:
-        heads = [measure.name.split("\n")[0] for measure in compared]
-        columns += [f"{head}\nvs {REFERENCE}" for head in heads]
-    rows = []
-    for name in names:
-        count = sum(name in run.strategies for run in runs)
-        row = [name, str(count), *(with_ci(measured(runs, name, m), m) for m in MEASURES)]
-        if with_difference:
-            row += [
-                MISSING
-                if name == REFERENCE
-                else _difference_cell(paired_differences(runs, name, measure))
-                for measure in compared
-            ]
-        rows.append(row)
-    notes = ["Scores in percent; A_AUC is the mean over all evaluated rounds."]
-    if len(runs) > 1:
-        notes.append("± is the half width of the 95 % confidence interval (Student t) over runs.")
-    if with_difference:
-        notes.append(f"vs {REFERENCE}: difference in percentage points, paired inside each run.")
-    return SummaryTable(columns, rows, notes)
-
-
-def compare_rows(run_dirs: Sequence[Path]) -> SummaryTable:
-    """One row per strategy over several runs, usually the same experiment with other seeds.
-
-    Args:
-        run_dirs: run folders, at least one.
-
-    Returns:
-        Scores with 95 % confidence intervals and, where a run has ``local``, paired differences.
-
-    Raises:
-        DataError: no folder, or one is not a run folder.
-    """
-    if not run_dirs:
-        raise DataError("no run folder to compare", hint="give at least one run folder")
-    return comparison_table([load_run(path) for path in run_dirs])
 
 
 def summary_record(run: Run) -> dict[str, Any]:
@@ -324,6 +219,8 @@ def summary_record(run: Run) -> dict[str, Any]:
     for name in run.ordered:
         metrics = run.strategies[name]
         own, others = metrics.client_scores("self"), metrics.client_scores("others")
+        forgotten = forgetting_of(metrics.scores(), metrics.stream)
+        transferred = forward_transfer_of(metrics.scores(), metrics.stream)
         strategies[name] = {
             "view": metrics.view,
             "self": metrics.self_mean,
@@ -332,6 +229,8 @@ def summary_record(run: Run) -> dict[str, Any]:
             "worst_client_others": metrics.worst_others,
             "a_last": metrics.self_mean,
             "a_auc": metrics.a_auc,
+            "forgetting": metrics.forgetting,
+            "forward_transfer": metrics.forward_transfer,
             "rounds": len(metrics.rounds),
             "steps": metrics.num_steps,
             "dropped_clients": len(metrics.dropped),
@@ -345,6 +244,8 @@ def summary_record(run: Run) -> dict[str, Any]:
                 str(client.client_id): {
                     "self": own.get(client.client_id),
                     "others": others.get(client.client_id),
+                    "forgetting": forgotten.get(client.client_id),
+                    "forward_transfer": transferred.get(client.client_id),
                 }
                 for client in run.clients
             },

@@ -31,6 +31,7 @@ class Arrivals:
 
     def __init__(self, data: ClientData, experiment: Experiment) -> None:
         self._client_id = data.client_id
+        self._num_tasks = len(data.tasks)
         self._config = experiment.data
         self._shift = experiment.shift
         self._batch_size = experiment.optim.batch_size * experiment.optim.grad_accumulation
@@ -102,6 +103,24 @@ class Arrivals:
     def shares(self, num_rounds: int) -> tuple[tuple[str, ...], ...]:
         """Ids of the samples that arrive in each of the first rounds."""
         return tuple(self._rounds[:num_rounds])
+
+    def task_rounds(self, num_rounds: int) -> tuple[tuple[int, int] | None, ...]:
+        """For each task the first and the last 0-based round in which its samples arrive.
+
+        None for a task of which nothing arrives in the first ``num_rounds`` rounds.
+        """
+        found: dict[int, list[int]] = {}
+        for round_idx, items in enumerate(self._rounds[:num_rounds]):
+            for task in {int(item.partition("/")[0]) for item in items}:
+                found.setdefault(task, []).append(round_idx)
+        return tuple(
+            (found[task][0], found[task][-1]) if task in found else None
+            for task in range(self._num_tasks)
+        )
+
+    def arrived(self, num_rounds: int) -> tuple[Sample, ...]:
+        """All samples of the first rounds, in order of arrival."""
+        return tuple(self._samples[item] for share in self.shares(num_rounds) for item in share)
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""

@@ -262,7 +262,7 @@ class PreparedRun:
                 from_round=self.from_round,
             )
         clients = None if self.resume else self.clients()
-        write_header(self.run_dir, self.experiment, self.topology, clients)
+        write_header(self.run_dir, self.experiment, self.topology, clients, self.data)
         say_running(self.run_dir)
 
     def _settle(self) -> None:

@@ -14,6 +14,7 @@ from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.launch.base import LAUNCH_FILES, STARTED_FILE
 from fedml_plugin_fedmosaic.launch.topology import Topology
+from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
 from fedml_plugin_fedmosaic.runtime.environment import collect_environment
 from fedml_plugin_fedmosaic.runtime.lock import check_unlocked
 from fedml_plugin_fedmosaic.runtime.resume import CLIENTS_FILE, check_rounds
@@ -104,11 +105,32 @@ def agree_on_folder(
     return Path(comm.share(str(together(comm, claim)))[0])
 
 
+SCHEDULE_FILE = "schedule.json"
+
+
+def schedule_of(experiment: Experiment, data: FederatedData) -> dict[str, list[list[int] | None]]:
+    """When the samples of each client's tasks arrive, for ``schedule.json``.
+
+    Returns:
+        Client id as text -> for each task the first and the last 0-based round with its samples;
+        None for a task of which nothing arrives.
+    """
+    count = experiment.train.comm_round
+    return {
+        str(client.client_id): [
+            None if rounds is None else list(rounds)
+            for rounds in Arrivals(client, experiment).task_rounds(count)
+        ]
+        for client in data.clients
+    }
+
+
 def write_header(
     run_dir: Path,
     experiment: Experiment,
     topology: Topology,
     clients: Sequence[Mapping[str, Any]] | None,
+    data: FederatedData,
 ) -> None:
     """Writes what a run folder says of its run before anything is trained.
 
@@ -117,6 +139,7 @@ def write_header(
         experiment: the run.
         topology: which ranks train whom.
         clients: for ``clients.json``; None keeps that file and ``environment.json`` as they are.
+        data: of the run, for ``schedule.json``.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -127,6 +150,8 @@ def write_header(
         raise write_error(run_dir, error) from error
     write_atomic(run_dir / STARTED_FILE, dump_experiment(experiment).encode())
     write_atomic(run_dir / "topology.json", json.dumps(topology.to_json(), indent=1).encode())
+    schedule = schedule_of(experiment, data)
+    write_atomic(run_dir / SCHEDULE_FILE, json.dumps(schedule).encode())
     if clients is None:
         return
     environment = collect_environment(seed=experiment.common.random_seed)

@@ -189,6 +189,11 @@ def make_run(run_dir: Path, *, seed: int = 0, num_clients: int = 8, rounds: int 
     (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (run_dir / "clients.json").write_text(json.dumps(maker.clients))
     (run_dir / "config.yaml").write_text(CONFIG.format(seed=seed, rounds=rounds))
+    # The first task's samples arrive in the first half of the rounds, the second's in the second.
+    half = rounds // 2
+    arrival = [[0, half - 1], [half, rounds - 1]] if half else [[0, 0], [0, 0]]
+    schedule = {str(client_id): arrival for client_id in range(num_clients)}
+    (run_dir / "schedule.json").write_text(json.dumps(schedule))
     environment = {
         "started": "2025-01-01T00:00:00+00:00",
         "seed": seed,

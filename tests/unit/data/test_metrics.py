@@ -11,7 +11,6 @@ from fedml_plugin_fedmosaic.data.metrics import (
     accuracy,
     choice_is_correct,
     infer_choice,
-    mean_interval,
     parse_choices,
     rouge_l,
     token_f1,
@@ -129,29 +128,3 @@ def test_curve_summaries() -> None:
     for summary in (a_last, a_auc):
         with pytest.raises(DataError, match="never evaluated"):
             summary([])
-
-
-@pytest.mark.parametrize(
-    ("count", "confidence", "quantile"),
-    [
-        (2, 0.95, 12.7062),
-        (3, 0.95, 4.3027),
-        (5, 0.95, 2.7764),
-        (10, 0.99, 3.2498),
-        (31, 0.9, 1.6973),
-    ],
-)
-def test_interval_uses_the_student_quantile(count: int, confidence: float, quantile: float) -> None:
-    values = [float(value) for value in range(count)]
-    variance = sum((value - (count - 1) / 2) ** 2 for value in values) / (count - 1)
-    estimate = mean_interval(values, confidence)
-    assert estimate.mean == pytest.approx((count - 1) / 2)
-    assert estimate.half_width == pytest.approx(quantile * (variance / count) ** 0.5, rel=1e-4)
-
-
-def test_interval_of_one_value_is_unknown() -> None:
-    assert mean_interval([0.5]).half_width is None
-    with pytest.raises(DataError, match="no values"):
-        mean_interval([])
-    with pytest.raises(ConfigError, match="confidence"):
-        mean_interval([1.0, 2.0], 1.0)

@@ -7,23 +7,30 @@ import statistics
 import pytest
 
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.report.measures import compare_rows
 from fedml_plugin_fedmosaic.report.metrics import load_run
 from fedml_plugin_fedmosaic.report.numbers import percent, readable_bytes, seconds
 from fedml_plugin_fedmosaic.report.tables import (
     MAX_WIDTH,
     SummaryTable,
-    compare_rows,
     summary_rows,
     write_summary,
 )
 
 
-def test_summary_has_a_row_per_client_and_two_below(finished_run):
+def test_summary_has_a_row_per_client_and_what_sums_them_up_below(finished_run):
     table = summary_rows(finished_run)
-    assert [row[0] for row in table.rows] == [*map(str, range(8)), "mean", "worst client"]
+    assert [row[0] for row in table.rows[:8]] == [*map(str, range(8))]
+    assert [row[0] for row in table.rows[8:]] == [
+        "mean",
+        "worst client",
+        "A_AUC",
+        "forgetting",
+        "transfer",
+    ]
     assert table.columns[3:] == [f"{n}\nSelf / Others" for n in ("base", "local", "fedmosaic")]
     assert all(len(row) == len(table.columns) for row in table.rows)
-    assert table.num_footer == 2
+    assert table.num_footer == 5
 
 
 def test_summary_cells_are_the_means_of_the_events(finished_run):
@@ -86,8 +93,28 @@ def test_comparison_is_paired_inside_each_run(make_run, tmp_path):
     ]
     centre, half = statistics.fmean(gains), 4.30265 * statistics.stdev(gains) / math.sqrt(3)
     cell = table.rows[2][table.columns.index("Others\nvs local")]
-    assert cell == f"{100 * centre:+.1f} ± {100 * half:.1f}"
+    assert cell == f"{100 * centre:+.1f} ± {100 * half:.1f} **"
     assert table.rows[1][table.columns.index("Others\nvs local")] == "-"
+
+
+def test_a_difference_that_is_not_chance_is_marked(make_run, tmp_path):
+    folders = [make_run(tmp_path / f"r{seed}", seed=seed, rounds=2) for seed in range(3)]
+    table = compare_rows(folders)
+    marked = table.rows[2][table.columns.index("Others\nvs local")]
+    # One strategy beside the reference: one test a column, so what passes it passes all.
+    assert marked.endswith(" **")
+    assert any("Holm" in note for note in table.notes)
+    assert not any("Holm" in note for note in compare_rows(folders[:1]).notes)
+
+
+def test_what_needs_a_schedule_is_left_out_without_it(make_run, tmp_path):
+    folder = make_run(tmp_path / "run", num_clients=2, rounds=2)
+    (folder / "schedule.json").unlink()
+    assert [row[0] for row in summary_rows(folder).rows[2:]] == ["mean", "worst client", "A_AUC"]
+    assert "forgetting" not in compare_rows([folder]).columns
+    strategy = json.loads(write_summary(folder).read_text())["strategies"]["fedmosaic"]
+    assert strategy["forgetting"] is None
+    assert strategy["a_auc"] is not None
 
 
 def test_one_run_has_no_interval(finished_run):

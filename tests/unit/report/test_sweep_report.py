@@ -12,7 +12,7 @@ import pytest
 from synthetic_run import make_run
 
 from fedml_plugin_fedmosaic.core.errors import DataError
-from fedml_plugin_fedmosaic.data.metrics import mean_interval
+from fedml_plugin_fedmosaic.data.statistics import mean_interval
 from fedml_plugin_fedmosaic.launch.sweep_manifest import Entry, Manifest
 from fedml_plugin_fedmosaic.report.metrics import load_run
 from fedml_plugin_fedmosaic.report.sweep import (
