@@ -107,20 +107,20 @@ DATASETS = Registry(
     {
         "drake": f"{_ROOT}.data.drake:load_drake",
         "quickstart": f"{_ROOT}.data.quickstart:load_quickstart",
+        "text": f"{_ROOT}.data.text_tasks:load_text",
     },
 )
 SOURCES = Registry(
-        "text": f"{_ROOT}.data.text_tasks:load_text",
     "sources",
     {
         "drake": f"{_ROOT}.data.sources:DrakeSource",
         "quickstart": f"{_ROOT}.data.sources:QuickstartSource",
+        "text": f"{_ROOT}.data.text_tasks:TextSource",
     },
 )
 COMMUNICATORS = Registry(
     "communicators",
     {
-        "text": f"{_ROOT}.data.text_tasks:TextSource",
         "local": f"{_ROOT}.comm.local:LocalCommunicator",
         "mpi": f"{_ROOT}.comm.mpi:MPICommunicator",
     },
