@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
+    NearestQuery,
+    Neighbours,
     ProcessWorld,
     Relevance,
     SharedTensors,
@@ -91,6 +93,29 @@ class Communicator(Protocol):
         Raises:
             PlanError: shapes differ, or a sketch is missing, not finite or not float32; the same
                 error on every rank.
+            CommError: the ranks ask for different things, or a rank holds another rank's client.
+        """
+        ...
+
+    def nearest(
+        self, kind: Similarity, sketches: Mapping[int, Tensor], queries: Sequence[NearestQuery]
+    ) -> tuple[Neighbours, ...]:
+        """The most similar clients, with the same bits on any number of ranks.
+
+        Unlike :meth:`relevance` it makes no matrix of all pairs; every rank takes in everyone's
+        sketch, so these should be short (``sketch.floats``).
+
+        Args:
+            kind: which similarity; the same on every rank, like ``queries``.
+            sketches: last sketches, float32 (rows, columns), of the clients this rank owns.
+            queries: who is looked for, and among whom.
+
+        Returns:
+            One answer per query.
+
+        Raises:
+            PlanError: shapes differ, or a sketch is missing, not finite, not float32 or has more
+                than 130,000 entries; the same error on every rank.
             CommError: the ranks ask for different things, or a rank holds another rank's client.
         """
         ...

@@ -24,6 +24,8 @@ from fedml_plugin_fedmosaic.comm.rendezvous import free_port, reachable_address
 from fedml_plugin_fedmosaic.core.errors import CommError, FedMosaicError, PlanError
 from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
+    NearestQuery,
+    Neighbours,
     ProcessWorld,
     Relevance,
     SharedTensors,
@@ -189,6 +191,42 @@ class GroupCommunicator:
         clients = tuple(int(client) for client in values["clients"])
         matrix = vectors[0].view(torch.float64).reshape(len(clients), len(clients))
         return Relevance(clients=clients, values=matrix)
+
+    def nearest(
+        self, kind: Similarity, sketches: Mapping[int, Tensor], queries: Sequence[NearestQuery]
+    ) -> tuple[Neighbours, ...]:
+        """The most similar clients; only the leader's ``sketches`` count.
+
+        Raises:
+            PlanError, CommError: as the leaders' communicator says; raised on every rank.
+        """
+
+        def search(between: Communicator) -> tuple[Neighbours, ...]:
+            found = between.nearest(kind, sketches, queries)
+            self._count(between)
+            return found
+
+        if self.group_size == 1:
+            return search(self._leaders)
+
+        def relayed() -> Message:
+            found = search(self._leaders)
+            # 64-bit numbers travel as the bits of two float32 values.
+            parts = [part for one in found for part in (one.sources, one.cosines)]
+            return {}, [part.flatten().view(torch.float32) for part in parts]
+
+        _, vectors = self._from_leader(relayed)
+        answers = []
+        for query, ids, cosines in zip(queries, vectors[::2], vectors[1::2], strict=True):
+            width = ids.numel() // 2 // max(len(query.receivers), 1)
+            answers.append(
+                Neighbours(
+                    receivers=query.receivers,
+                    sources=ids.view(torch.int64).reshape(len(query.receivers), width),
+                    cosines=cosines.view(torch.float64).reshape(len(query.receivers), width),
+                )
+            )
+        return tuple(answers)
 
     def execute(
         self, plan: MixingPlan, uploads: Mapping[int, SharedTensors]

@@ -30,6 +30,12 @@ from fedml_plugin_fedmosaic.comm.exchange import (
     upload_bytes,
 )
 from fedml_plugin_fedmosaic.comm.mixing import ChannelMixer, Route, row_groups
+from fedml_plugin_fedmosaic.comm.nearest import (
+    VectorTable,
+    asked_about,
+    find_nearest,
+    queries_digest,
+)
 from fedml_plugin_fedmosaic.comm.relevance import (
     SketchTable,
     reduce_similarity,
@@ -39,6 +45,8 @@ from fedml_plugin_fedmosaic.comm.rendezvous import LOOPBACK, free_port
 from fedml_plugin_fedmosaic.core.errors import CommError, PlanError
 from fedml_plugin_fedmosaic.core.types import (
     MixingPlan,
+    NearestQuery,
+    Neighbours,
     ProcessWorld,
     Relevance,
     SharedTensors,
@@ -155,6 +163,40 @@ class RankedCommunicator(ABC):
         values = reduce_similarity(table, self.rank, sketches, move, self._scratch)
         return Relevance(clients=table.clients, values=values)
 
+    def nearest(
+        self, kind: Similarity, sketches: Mapping[int, Tensor], queries: Sequence[NearestQuery]
+    ) -> tuple[Neighbours, ...]:
+        """The most similar clients.
+
+        Raises:
+            PlanError: a sketch that is asked for is missing, of another shape, not finite or too
+                long; raised on every rank.
+            CommError: ranks ask for different things, a rank holds another rank's sketch, or the
+                ranks could not be reached.
+        """
+        wanted = asked_about(queries)
+        problems = [sketch_problem(client, sketches[client]) for client in sorted(sketches)]
+        message = {
+            "same": queries_digest(kind, queries),
+            "foreign": self._foreign(sketches),
+            "problem": next((problem for problem in problems if problem), None),
+            "shapes": {str(client): list(sketch.shape) for client, sketch in sketches.items()},
+        }
+        answers = self._agree(message, "asks for the nearest clients of others")
+        shapes = _known_shapes(answers)
+        missing = [client for client in wanted if client not in shapes]
+        if missing:
+            raise PlanError(f"nobody holds the sketches of clients {missing[:10]}")
+        rows, columns = shapes[wanted[0]] if wanted else (1, 1)
+        table = VectorTable(
+            clients=wanted,
+            owners=tuple(self._owner(client) for client in wanted),
+            length=rows * columns,
+            size=self.size,
+        )
+        move = partial(self._move, "relevance")
+        return find_nearest(table, self.rank, kind, sketches, queries, move)
+
     def execute(
         self, plan: MixingPlan, uploads: Mapping[int, SharedTensors]
     ) -> dict[int, dict[str, Tensor]]:
@@ -243,16 +285,7 @@ class RankedCommunicator(ABC):
             "shapes": {str(client): list(sketch.shape) for client, sketch in sketches.items()},
         }
         answers = self._agree(message, "asks for the relevance of others")
-        shapes = {
-            int(client): tuple(shape)
-            for answer in answers
-            for client, shape in answer["shapes"].items()
-        }
-        if len(set(shapes.values())) > 1:
-            raise PlanError(
-                f"sketches have different shapes: {dict(sorted(shapes.items()))}",
-                hint="all clients must use the same proxy model and the same sketch settings",
-            )
+        shapes = _known_shapes(answers)
         missing = [client for client in wanted if client not in shapes]
         if missing:
             raise PlanError(f"clients {missing} took part, but nobody holds their sketches")
@@ -299,3 +332,18 @@ class RankedCommunicator(ABC):
             for answer in answers
             for client, entry in answer["clients"].items()
         }
+
+
+def _known_shapes(answers: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """Shape of every client's sketch, which must be one."""
+    shapes = {
+        int(client): (rows, columns)
+        for answer in answers
+        for client, (rows, columns) in answer["shapes"].items()
+    }
+    if len(set(shapes.values())) > 1:
+        raise PlanError(
+            f"sketches have different shapes: {dict(sorted(shapes.items())[:10])}",
+            hint="all clients must use the same proxy model and the same sketch settings",
+        )
+    return shapes

@@ -182,6 +182,37 @@ class UpdateHeader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NearestQuery:
+    """Asks for the most similar sources of each receiver; all of them have a sketch.
+
+    Attributes:
+        receivers: clients, ascending.
+        sources: clients, ascending; may overlap with the receivers.
+        k: sources wanted per receiver, itself excluded.
+    """
+
+    receivers: tuple[int, ...]
+    sources: tuple[int, ...]
+    k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbours:
+    """The answer to a :class:`NearestQuery`.
+
+    Attributes:
+        receivers: as asked.
+        sources: (receivers, k') int64 client ids in descending order of cosine, -1 where there are
+            no more; k' = min(k, number of sources).
+        cosines: (receivers, k') float64, -inf where there are no more.
+    """
+
+    receivers: tuple[int, ...]
+    sources: Tensor
+    cosines: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Relevance:
     """How similar the clients' sketches are; the result of a communicator's reduction.
 
@@ -189,10 +220,13 @@ class Relevance:
         clients: everyone with a sketch, ascending.
         values: (clients, clients) float64, exactly symmetric; NaN between two different clients
             that both took no part in the round.
+        neighbours: instead of the values, if the strategy asked for the nearest clients only: one
+            answer per query.
     """
 
     clients: tuple[int, ...]
     values: Tensor
+    neighbours: tuple[Neighbours, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

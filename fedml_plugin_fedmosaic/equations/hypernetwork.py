@@ -130,7 +130,8 @@ def agreement(values: Tensor, change: Tensor, *, normalise: bool) -> Tensor:
         return scores
     present = wide.norm(dim=2)
     mean = present.sum(dim=0) / (present > 0).sum(dim=0).clamp_min(1)
-    return scores / (moved.norm(dim=1) * mean).clamp_min(_NORM_FLOOR)[:, None]
+    sizes: Tensor = (moved.norm(dim=1) * mean).clamp_min(_NORM_FLOOR)
+    return scores / sizes[:, None]
 
 
 def _alpha(network: Network, known: Tensor) -> Tensor:

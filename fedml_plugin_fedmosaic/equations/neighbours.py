@@ -19,8 +19,9 @@ from fedml_plugin_fedmosaic.equations.tiles import in_order
 
 _NORM_FLOOR = 1e-12
 _LEVELS = 127
-_RECEIVERS = 512
-"""Receivers that are scored together."""
+RECEIVER_TILE = 512
+"""Receivers that are scored together. Whoever divides the receivers among several calls of
+:func:`nearest` does so at multiples of this, and gets the bits of one call."""
 _SOURCES = 4096
 """Sources per product: their scores stay in cache while the maxima are taken."""
 _GROUP = 32
@@ -53,17 +54,38 @@ def top_k_weights(
     Raises:
         PlanError: see :func:`nearest`, or a temperature that is not positive.
     """
+    indices, cosines = nearest(vectors, k, sources=sources, candidates=candidates)
+    return neighbour_weights(indices, cosines, temperature)
+
+
+def neighbour_weights(
+    indices: Tensor, cosines: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax weights over what :func:`nearest` found.
+
+    Args:
+        indices: (T, k) int64, -1 where there is no further source.
+        cosines: (T, k) float64, descending in each row, -inf where there is none.
+        temperature: softmax temperature (tau), positive.
+
+    Returns:
+        Sources (T, k) int64, ascending in each row and -1 at its end where there are fewer; and
+        their weights (T, k) float64, which sum to 1 in every row with a source; 0 at -1.
+
+    Raises:
+        PlanError: the temperature is not positive.
+    """
     if not temperature > 0:
         raise PlanError(
             f"relevance temperature is {temperature}; expected a positive number",
             hint="set strategy.temperature",
         )
-    indices, cosines = nearest(vectors, k, sources=sources, candidates=candidates)
     absent = indices < 0
     best = cosines[:, :1].nan_to_num(neginf=0.0)
     scaled = ((cosines - best) / temperature).exp_()
     weights = scaled / scaled.sum(dim=1, keepdim=True).clamp_min(_NORM_FLOOR)
-    order = indices.masked_fill(absent, len(vectors)).argsort(dim=1)
+    last = torch.iinfo(torch.int64).max
+    order = indices.masked_fill(absent, last).argsort(dim=1)
     return indices.gather(1, order), weights.gather(1, order)
 
 
@@ -73,6 +95,7 @@ def nearest(
     *,
     sources: Sequence[int] | None = None,
     candidates: int | None = None,
+    receivers: slice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k sources with the largest cosine to each client, itself excluded.
 
@@ -90,11 +113,13 @@ def nearest(
         sources: clients that may be sources, all when omitted. Everybody receives.
         candidates: sources per receiver that are compared in float32; 2 k, and at least k + 32,
             when omitted.
+        receivers: a range of the clients that begins at a multiple of ``RECEIVER_TILE`` and ends
+            at one, or at the last client; all when omitted.
 
     Returns:
-        Sources (N, k') int64 and their cosines (N, k') float64, k' = min(k, number of sources),
-        in descending order of cosine, then ascending in client. Where a receiver has fewer
-        sources, the last entry is -1 with cosine -inf.
+        For the T receivers: sources (T, k') int64 and their cosines (T, k') float64, k' = min(k,
+        number of sources), in descending order of cosine, then ascending in client. Where a
+        receiver has fewer sources, the last entry is -1 with cosine -inf.
 
     Raises:
         PlanError: k or the shape is out of range, a source that is no client, or values that are
@@ -111,9 +136,10 @@ def nearest(
     norms.clamp_min_(_NORM_FLOOR)
     kept = min(k, len(pool))
     count = len(vectors)
-    indices = torch.full((count, kept), -1)
-    cosines = torch.full((count, kept), -torch.inf, dtype=torch.float64)
-    if kept == 0:
+    first, last = _checked_range(receivers, count)
+    indices = torch.full((last - first, kept), -1)
+    cosines = torch.full((last - first, kept), -torch.inf, dtype=torch.float64)
+    if kept == 0 or first == last:
         return indices, cosines
     wanted = min(len(pool), max(2 * k, k + 32) if candidates is None else max(k, candidates))
     integers, scales = _quantised(vectors, norms)
@@ -123,7 +149,7 @@ def nearest(
         pool_integers, pool_scales = integers, scales
 
     def compare(start: int) -> tuple[Tensor, Tensor]:
-        block = slice(start, min(start + _RECEIVERS, count))
+        block = slice(start, min(start + RECEIVER_TILE, last))
         scores = _scores(integers[block], pool_integers, pool_scales)
         own = torch.arange(block.start, block.stop)
         places = torch.searchsorted(pool, own).clamp_max_(len(pool) - 1)
@@ -132,11 +158,24 @@ def nearest(
         found = pool[_largest(scores, wanted)].sort(dim=1).values
         return _ranked(vectors, norms, block, found, kept)
 
-    starts = range(0, count, _RECEIVERS)
+    starts = range(first, last, RECEIVER_TILE)
     for start, (who, how_near) in zip(starts, in_order(compare, starts), strict=True):
-        indices[start : start + len(who)] = who
-        cosines[start : start + len(who)] = how_near
+        indices[start - first : start - first + len(who)] = who
+        cosines[start - first : start - first + len(who)] = how_near
     return indices, cosines
+
+
+def _checked_range(receivers: slice | None, count: int) -> tuple[int, int]:
+    """First receiver, and the one after the last."""
+    if receivers is None:
+        return 0, count
+    first, last = receivers.start, receivers.stop
+    aligned = first % RECEIVER_TILE == 0 and (last % RECEIVER_TILE == 0 or last == count)
+    if not (0 <= first <= last <= count and aligned):
+        raise PlanError(
+            f"receivers {first}..{last} of {count} are not whole tiles of {RECEIVER_TILE}"
+        )
+    return first, last
 
 
 def _checked_sources(vectors: Tensor, k: int, sources: Sequence[int] | None) -> Tensor:
@@ -164,8 +203,8 @@ def _quantised(vectors: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """Integers (N, D) in -127..127, and what each row times its scale is: a vector of length 1."""
     integers = torch.empty(vectors.shape, dtype=torch.int8)
     steps = torch.empty(len(vectors))
-    for start in range(0, len(vectors), _RECEIVERS):
-        part = vectors[start : start + _RECEIVERS].to(torch.float32)
+    for start in range(0, len(vectors), RECEIVER_TILE):
+        part = vectors[start : start + RECEIVER_TILE].to(torch.float32)
         step = part.abs().amax(dim=1).div_(_LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
         integers[start : start + len(part)] = (part / step[:, None]).round_().to(torch.int8)
         steps[start : start + len(part)] = step

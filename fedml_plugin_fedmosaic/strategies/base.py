@@ -29,6 +29,7 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientState,
     ClientUpdate,
     MixingPlan,
+    NearestQuery,
     Relevance,
     SharedTensors,
     UpdateHeader,
@@ -163,6 +164,20 @@ class Strategy(Protocol):
         """The cohort of the stage ``train``: ascending client ids."""
         ...
 
+    def queries(
+        self, state: ServerState, headers: Sequence[UpdateHeader]
+    ) -> tuple[NearestQuery, ...] | None:
+        """Whose nearest clients ``plan`` needs, by ``similarity``, instead of the whole matrix.
+
+        Args:
+            state: the state so far.
+            headers: those that ``plan`` gets next.
+
+        Returns:
+            Queries, whose answers ``plan`` finds in ``relevance.neighbours``; None for the matrix.
+        """
+        ...
+
     def plan(
         self,
         state: ServerState,
@@ -251,6 +266,14 @@ class StrategyBase:
     def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
         """A cohort drawn without replacement from seed and round."""
         return draw_cohort(map(int, state["layouts"]), state["seed"], round_idx, clients_per_round)
+
+    def queries(
+        self,
+        state: ServerState,  # noqa: ARG002 - the contract's signature
+        headers: Sequence[UpdateHeader],  # noqa: ARG002 - the contract's signature
+    ) -> tuple[NearestQuery, ...] | None:
+        """None: the whole matrix."""
+        return None
 
     def select_stage(
         self,

@@ -24,6 +24,7 @@ from fedml_plugin_fedmosaic.core.types import (
 )
 
 _LISTED = 5
+_LARGEST_MATRIX = 4096
 
 
 def local_keys(adapter: AdapterState) -> dict[str, AdapterKey]:
@@ -151,14 +152,16 @@ def draw_cohort(
     return tuple(sorted(drawn))
 
 
-def weight_matrix(client_ids: Iterable[int], rows: Iterable[MixRow]) -> Tensor:
+def weight_matrix(client_ids: Iterable[int], rows: Iterable[MixRow]) -> Tensor | None:
     """A channel's rows as a matrix for the report.
 
     Returns:
         (clients, clients) float32, receivers as rows in ascending id; NaN where a client
-        receives nothing.
+        receives nothing. None for more than 4,096 clients.
     """
     position = {client: index for index, client in enumerate(sorted(client_ids))}
+    if len(position) > _LARGEST_MATRIX:
+        return None
     matrix = torch.full((len(position), len(position)), float("nan"), dtype=torch.float32)
     for row in rows:
         values = matrix[position[row.target]]

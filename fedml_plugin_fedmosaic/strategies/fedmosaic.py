@@ -21,6 +21,10 @@ than ``max_staleness`` rounds), and the weights are normalised over K_i. Everyon
 also clients outside the round's cohort; a client that never took part has no sketch, so all of K_i
 is equally relevant to it.
 
+With ``top_k`` only the k most relevant clients of K_i are mixed; in federations of more than
+``matrix_clients`` clients they are searched for without the matrix of all pairs, for which sketches
+must be short vectors (``sketch.floats``).
+
 Differences to the released code: self is masked out exactly instead of by -1e9 and a division;
 weights are normalised over the clients that are known, so partial participation is defined;
 "same architecture" means equal tensor shapes, not equal model names; blocks are matched by their
@@ -29,7 +33,6 @@ index, not by parsing parameter names; sums are float32 in ascending client id, 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -52,12 +55,14 @@ from fedml_plugin_fedmosaic.core.types import (
     ClientUpdate,
     MixingPlan,
     MixRow,
+    NearestQuery,
     Relevance,
     SharedTensors,
     UpdateHeader,
     View,
 )
 from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
+from fedml_plugin_fedmosaic.equations.neighbours import neighbour_weights
 from fedml_plugin_fedmosaic.equations.relevance import Similarity, peer_weights
 from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
@@ -68,8 +73,13 @@ from fedml_plugin_fedmosaic.strategies.common import (
     shared_tensors,
     weight_matrix,
 )
-
-_SMALLEST = 2.0**-149  # the smallest positive float32
+from fedml_plugin_fedmosaic.strategies.relevant import (
+    check_complete,
+    checked_shape,
+    mix_rows,
+    overwrite,
+    sparse_row,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -90,6 +100,8 @@ class FedMosaicOptions:
     """False: no global branch, nothing is shared: the ablation without collaboration."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Mix only the k most relevant clients; all when omitted."""
+    matrix_clients: Annotated[int, Field(ge=0)] = 4096
+    """With ``top_k`` and more clients than this, the nearest are searched for without a matrix."""
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     """Rounds after which a client that stays away is no longer mixed; never when omitted."""
 
@@ -200,6 +212,15 @@ class FedMosaic(StrategyBase):
             "similarity": torch.zeros(0, 0, dtype=torch.float64),
         }
 
+    def queries(
+        self, state: ServerState, headers: Sequence[UpdateHeader]
+    ) -> tuple[NearestQuery, ...] | None:
+        """One query per group of clients that are mixed together; None if there is a matrix."""
+        if not self._searches(state) or not headers:
+            return None
+        after = self._take_in(state, headers, None)
+        return tuple(query for _, _, query in self._groups(after))
+
     def plan(
         self,
         state: ServerState,
@@ -213,6 +234,9 @@ class FedMosaic(StrategyBase):
                 or of another shape than the rest, or a similarity that is missing or not finite.
         """
         after = self._take_in(state, headers, relevance)
+        if self._searches(state):
+            # Matrices for the report would be as large as the one that is not made.
+            return after, MixingPlan(rows=self._nearest_rows(after, headers, relevance))
         clients = [int(client) for client in after["layouts"]]
         similarity = self._similarity(after, clients)
         rows = {
@@ -227,6 +251,62 @@ class FedMosaic(StrategyBase):
         )
         return after, plan
 
+    def _searches(self, state: ServerState) -> bool:
+        """Whether the nearest clients are searched for, instead of taken from a matrix."""
+        large = len(state["layouts"]) > self.options.matrix_clients
+        return large and self.options.top_k is not None and self.similarity is not None
+
+    def _groups(self, state: ServerState) -> list[tuple[str, tuple[int, ...], NearestQuery]]:
+        """Channel, all receivers, and the query for those of them that have a sketch."""
+        senders, known = self._sources(state), frozenset(state["known"])
+        found: list[tuple[str, tuple[int, ...], NearestQuery]] = []
+        for channel in self.options.channels:
+            by_layout: dict[str, list[int]] = {}
+            for client, layouts in state["layouts"].items():
+                if channel in layouts:
+                    by_layout.setdefault(layouts[channel], []).append(int(client))
+            for members in by_layout.values():
+                query = NearestQuery(
+                    receivers=tuple(client for client in members if client in known),
+                    sources=tuple(client for client in members if client in senders),
+                    k=self.options.top_k or 1,
+                )
+                found.append((channel, tuple(members), query))
+        return found
+
+    def _nearest_rows(
+        self, state: ServerState, headers: Sequence[UpdateHeader], relevance: Relevance | None
+    ) -> dict[str, tuple[MixRow, ...]]:
+        """Channel -> rows over the neighbours that were found."""
+        if not headers:
+            return {}
+        groups = self._groups(state)
+        answers = () if relevance is None else relevance.neighbours
+        if [answer.receivers for answer in answers] != [query.receivers for *_, query in groups]:
+            raise PlanError("FedMosaic needs the nearest clients that it asked for, got others")
+        rows: dict[str, list[MixRow]] = {}
+        for (channel, members, query), answer in zip(groups, answers, strict=True):
+            ids, weights = neighbour_weights(
+                answer.sources, answer.cosines, self.options.temperature
+            )
+            made = [
+                sparse_row(target, sources, shares)
+                for target, sources, shares in zip(
+                    query.receivers, ids.tolist(), weights.tolist(), strict=True
+                )
+            ]
+            # A receiver without a sketch has no evidence: the first k sources, equally.
+            first = query.sources[: query.k]
+            shares = [1 / max(len(first), 1)] * len(first)
+            new = sorted(set(members) - set(query.receivers))
+            made += [sparse_row(target, first, shares) for target in new]
+            rows.setdefault(channel, []).extend(row for row in made if row.sources)
+        return {
+            channel: tuple(sorted(made, key=lambda row: row.target))
+            for channel, made in rows.items()
+            if made
+        }
+
     def _take_in(
         self, state: ServerState, headers: Sequence[UpdateHeader], relevance: Relevance | None
     ) -> dict[str, Any]:
@@ -238,8 +318,11 @@ class FedMosaic(StrategyBase):
             return after
         shape = state["sketch_shape"]
         for header in headers:
-            shape = _checked_shape(header, shape)
+            shape = checked_shape(header, shape)
         fresh = {header.client_id for header in headers}
+        if self._searches(state):
+            known = sorted({*state["known"], *fresh})
+            return {**after, "sketch_shape": shape, "known": known}
         if relevance is None or not fresh <= {*relevance.clients}:
             found = "none" if relevance is None else f"that of clients {relevance.clients}"
             raise PlanError(
@@ -247,9 +330,9 @@ class FedMosaic(StrategyBase):
             )
         known = sorted({*state["known"], *fresh})
         similarity = torch.full((len(known), len(known)), float("nan"), dtype=torch.float64)
-        _overwrite(similarity, known, state["known"], state["similarity"])
-        _overwrite(similarity, known, relevance.clients, relevance.values)
-        _check_complete(similarity, known)
+        overwrite(similarity, known, state["known"], state["similarity"])
+        overwrite(similarity, known, relevance.clients, relevance.values)
+        check_complete(similarity, known)
         return {**after, "sketch_shape": shape, "known": known, "similarity": similarity}
 
     def _similarity(self, state: ServerState, clients: Sequence[int]) -> Tensor | None:
@@ -257,7 +340,7 @@ class FedMosaic(StrategyBase):
         if self.similarity is None:
             return None
         full = torch.full((len(clients), len(clients)), float("nan"), dtype=torch.float64)
-        _overwrite(full, clients, state["known"], state["similarity"])
+        overwrite(full, clients, state["known"], state["similarity"])
         return full
 
     def _rows(
@@ -291,7 +374,7 @@ class FedMosaic(StrategyBase):
                 self.options.top_k,
             )
             ids = [clients[index] for index in senders]
-            rows += _mix_rows([clients[index] for index in members], ids, weights)
+            rows += mix_rows([clients[index] for index in members], ids, weights)
         return tuple(sorted(rows, key=lambda row: row.target))
 
     def _sources(self, state: ServerState) -> frozenset[int]:
@@ -304,58 +387,3 @@ class FedMosaic(StrategyBase):
             for client, seen in last_round.items()
             if limit is None or now - seen <= limit
         )
-
-
-def _mix_rows(targets: Sequence[int], sources: Sequence[int], weights: Tensor) -> list[MixRow]:
-    """Rows of a table of weights (targets, sources); targets without a source have none."""
-    # Sums are float32: what is 0 there need not travel (low temperatures).
-    kept = weights >= _SMALLEST
-    return [
-        MixRow(
-            target=target,
-            sources=tuple(itertools.compress(sources, keep)),
-            weights=tuple(itertools.compress(row, keep)),
-        )
-        for target, row, keep in zip(targets, weights.tolist(), kept.tolist(), strict=True)
-        if any(keep)
-    ]
-
-
-def _overwrite(
-    matrix: Tensor, clients: Sequence[int], others: Sequence[int], values: Tensor
-) -> None:
-    """Puts what ``values`` knows about the clients of ``matrix`` there, in place."""
-    position = {client: index for index, client in enumerate(clients)}
-    pairs = [(position[c], index) for index, c in enumerate(others) if c in position]
-    if pairs:
-        to, source = (torch.tensor(side) for side in zip(*pairs, strict=True))
-        new = values[source[:, None], source[None, :]]
-        old = matrix[to[:, None], to[None, :]]
-        matrix[to[:, None], to[None, :]] = torch.where(new.isnan(), old, new)
-
-
-def _check_complete(similarity: Tensor, known: Sequence[int]) -> None:
-    missing = (~similarity.isfinite()).nonzero().tolist()
-    if missing:
-        first, second = (known[index] for index in missing[0])
-        raise PlanError(
-            f"the similarity of clients {first} and {second} is missing or not finite, one of "
-            f"{len(missing)} such pairs; known are {list(known)}",
-            hint="every client that ever took part must keep its last sketch",
-        )
-
-
-def _checked_shape(header: UpdateHeader, expected: Sequence[int] | None) -> list[int]:
-    """The shape of a header's sketch; the values are not here."""
-    sketch, where = header.sketch, f"client {header.client_id}, round {header.round_idx + 1}"
-    if sketch is None or sketch.ndim != 2:
-        found = "none" if sketch is None else f"shape {tuple(sketch.shape)}"
-        raise PlanError(f"{where}: FedMosaic needs a sketch of shape (rows, columns), got {found}")
-    shape = list(sketch.shape)
-    if expected is not None and shape != list(expected):
-        raise PlanError(
-            f"{where}: sketches have different shapes: {tuple(shape)} here, {tuple(expected)} of "
-            "the others",
-            hint="all clients must use the same proxy model and the same sketch settings",
-        )
-    return shape
