@@ -38,7 +38,13 @@ class PQLoraHandle(AdapterHandle):
         }
 
     def set_view(self, view: View) -> None:
-        """Chooses the branches of the forward pass."""
+        """Chooses the branches of the forward pass.
+
+        Raises:
+            AdapterError: the view adds logits, which is no matter of a layer.
+        """
+        if view is View.ENSEMBLE:
+            raise AdapterError(f"PQ-LoRA has no view {view!r} in its layers")
         for layer in pq_layers(self.model):
             layer.set_view(view)
 

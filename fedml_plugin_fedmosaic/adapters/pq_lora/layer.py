@@ -5,6 +5,8 @@ Two branches, local and global, are balanced by a gate w (weight of the global b
     PQ layer      y = base(x) + s ((1-w)(z P_l + Q_l) + w (z P_g + Q_g)) B^T      z = x A^T
     conventional  y = base(x) + s ((1-w) x A_l^T B_l^T + w x A_g^T B_g^T)
 
+In the view ``sum`` both weights are 1.
+
 In a PQ layer both branches share the frozen A (orthonormal rows) and B (orthonormal columns), so it
 costs two large products, as one plain LoRA does. Source: FedMosaic (arXiv 2506.11024).
 """
@@ -227,12 +229,14 @@ class PQLoraLayer(MergingMixin, nn.Module, BaseTunerLayer):  # type: ignore[misc
         weight = self._gate(name, x) if self.view is View.GATED else None
         x = self.pq_lora_dropout[name](x)
         scaling = self.scaling[name]
-        use_global = self.view is View.GLOBAL
+        use_global, both = self.view is View.GLOBAL, self.view is View.SUM
         if self.is_pq[name]:
             z = functional.linear(x, self.pq_lora_A[name])
             local = (self.pq_lora_P_local[name], self.pq_lora_Q_local[name])
             global_ = (self.pq_lora_P_global[name], self.pq_lora_Q_global[name])
-            if weight is None:
+            if both:
+                v = affine(z, local[0] + global_[0], local[1] + global_[1])
+            elif weight is None:
                 v = affine(z, *(global_ if use_global else local))
             else:
                 v = mix_branches(z, local, global_, weight)
@@ -243,7 +247,7 @@ class PQLoraLayer(MergingMixin, nn.Module, BaseTunerLayer):  # type: ignore[misc
             z = functional.linear(x, self.pq_lora_A_local[name])
             v = z if weight is None else z * (1 - weight).to(z.dtype)
             result = add_product(result, v, self.pq_lora_B_local[name], scaling)
-        if use_global or weight is not None:
+        if use_global or both or weight is not None:
             z = functional.linear(x, self.pq_lora_A_global[name])
             v = z if weight is None else z * weight.to(z.dtype)
             result = add_product(result, v, self.pq_lora_B_global[name], scaling)

@@ -30,7 +30,7 @@ class MergingMixin:
         """A PQ layer's A, B, P, Q, or a conventional layer's A, B, of the current view.
 
         Both conventional branches are stacked along the rank when the view is gated, with the gate
-        inside B.
+        inside B, or is their sum.
 
         Args:
             adapter_name: PEFT name.
@@ -63,6 +63,15 @@ class MergingMixin:
                 chosen = {
                     Part.A: torch.cat([chosen[Part.A], other[Part.A]]),
                     Part.B: torch.cat([(1 - weight) * chosen[Part.B], weight * other[Part.B]], 1),
+                }
+        if self.view is View.SUM:
+            other = {part: tensors[Branch.GLOBAL, part] for part in parts}
+            if self.is_pq[adapter_name]:
+                chosen = {part: chosen[part] + other[part] for part in parts}
+            else:
+                chosen = {
+                    Part.A: torch.cat([chosen[Part.A], other[Part.A]]),
+                    Part.B: torch.cat([chosen[Part.B], other[Part.B]], 1),
                 }
         if self.is_pq[adapter_name]:
             chosen[Part.A] = tensors[Branch.SHARED, Part.A]

@@ -56,6 +56,8 @@ def formula(layer: PQLoraLayer, t: dict[Any, Tensor], x: Tensor, view: View, mas
     base: Tensor = layer.base_layer(x)
     if view is View.BASE:
         return base
+    if view is View.SUM:
+        return base + delta[L] + delta[G]
     if view is not View.GATED:
         return base + delta[L if view is View.LOCAL else G]
     gate = t[S, Part.GATE]
@@ -64,7 +66,7 @@ def formula(layer: PQLoraLayer, t: dict[Any, Tensor], x: Tensor, view: View, mas
 
 
 @pytest.mark.parametrize(("gate", "is_pq"), CASES)
-@pytest.mark.parametrize("view", list(View))
+@pytest.mark.parametrize("view", sorted(set(View) - {View.ENSEMBLE}))
 @pytest.mark.parametrize("rows", ["3d", "2d", "masked"])
 def test_outputs_and_gradients_follow_the_formula(
     gate: str, is_pq: bool, view: View, rows: str
@@ -100,6 +102,18 @@ def test_outputs_and_gradients_follow_the_formula(
             assert parameter.grad is None or not parameter.grad.any()
         else:
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("is_pq", [True, False])
+def test_the_sum_of_the_branches_is_one_change_of_the_weights(is_pq: bool) -> None:
+    layer = make("input", is_pq)
+    layer.set_view(View.SUM)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    weight, bias = layer.get_delta("default")
+    want = layer.base_layer(x) + x @ weight.T + (0.0 if bias is None else bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+    mixed = layer.mixed("default")
+    assert mixed[Part.A].shape[0] == (3 if is_pq else 6)
 
 
 def test_gradients_of_the_mix_pass_gradcheck() -> None:
