@@ -49,10 +49,10 @@ class LoraHandle(AdapterHandle):
         Raises:
             AdapterError: the view needs a second branch.
         """
-        if view in (View.GLOBAL, View.GATED):
+        if view not in (View.LOCAL, View.BASE):
             raise AdapterError(
                 f"plain LoRA has one branch and no view {view!r}",
-                hint="use the views local and base, or the adapter pq_lora",
+                hint="use the views local and base, or the adapters dual_lora and pq_lora",
             )
         for lora in self._layers.values():
             lora.enable_adapters(view is View.LOCAL)

@@ -128,6 +128,7 @@ def encode_headers(headers: Sequence[UpdateHeader]) -> bytes:
             "round_idx": header.round_idx,
             "num_examples": header.num_examples,
             "sketch": None if header.sketch is None else list(header.sketch.shape),
+            **({"notes": dict(header.notes)} if header.notes else {}),
         }
         for header in headers
     ]
@@ -157,6 +158,7 @@ def decode_headers(payload: bytes) -> tuple[UpdateHeader, ...]:
                 round_idx=int(record["round_idx"]),
                 num_examples=int(record["num_examples"]),
                 sketch=_shape_only(record["sketch"]),
+                notes=dict(record.get("notes", {})),
             )
             for record in records
         )

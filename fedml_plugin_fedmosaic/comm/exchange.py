@@ -88,7 +88,8 @@ def check_finite(plan: MixingPlan, uploads: Mapping[int, SharedTensors]) -> None
     Raises:
         PlanError: a source holds NaN or infinity.
     """
-    for channel, rows in plan.rows.items():
+    for slot, rows in plan.rows.items():
+        channel = plan.channel(slot)
         for client in sorted({client for row in rows for client in row.sources} & {*uploads}):
             for key, tensor in uploads[client].items():
                 # The sum is finite nearly always and much faster than looking at every value.
@@ -106,8 +107,8 @@ def check_finite(plan: MixingPlan, uploads: Mapping[int, SharedTensors]) -> None
 def plan_digest(plan: MixingPlan) -> str:
     """Hash of a plan's rows, bit by bit; ranks compare it before they move tensors."""
     digest = hashlib.blake2b(digest_size=16)
-    for channel, rows in sorted(plan.rows.items()):
-        digest.update(json.dumps([channel, len(rows)]).encode())
+    for slot, rows in sorted(plan.rows.items()):
+        digest.update(json.dumps([slot, plan.channel(slot), len(rows)]).encode())
         for row in rows:
             digest.update(array("q", (row.target, len(row.sources), len(row.weights))))
             digest.update(array("q", row.sources))
@@ -119,15 +120,18 @@ def check_plan(plan: MixingPlan, catalogue: Catalogue) -> None:
     """Whether a plan is well formed and its clients fit together.
 
     Raises:
-        PlanError: a row is malformed, a source has no upload in the channel, or keys or shapes of
-            a row's clients differ.
+        PlanError: a row is malformed, a slot has no rows or a name with a slash, a source has no
+            upload in the channel, or keys or shapes of a row's clients differ.
     """
-    for channel, rows in plan.rows.items():
+    idle = sorted(set(plan.slots) - set(plan.rows))
+    if idle or any("/" in slot for slot in plan.rows):
+        raise PlanError(f"slots {sorted(plan.rows)} have rows; slots without rows: {idle}")
+    for slot, rows in plan.rows.items():
         targets = [row.target for row in rows]
         if len(set(targets)) != len(targets):
-            raise PlanError(f"channel {channel!r}: a client has two rows: {sorted(targets)}")
+            raise PlanError(f"channel {slot!r}: a client has two rows: {sorted(targets)}")
         for row in rows:
-            _check_row(channel, row, catalogue)
+            _check_row(plan.channel(slot), row, catalogue)
 
 
 def _check_row(channel: str, row: MixRow, catalogue: Catalogue) -> None:
@@ -176,11 +180,18 @@ def upload_bytes(
 def received_bytes(plan: MixingPlan, catalogue: Catalogue) -> dict[int, int]:
     """Client id -> bytes of the vectors it receives, for clients with a row."""
     total: dict[int, int] = {}
-    for channel, rows in sorted(plan.rows.items()):
+    for slot, rows in sorted(plan.rows.items()):
         for row in rows:
-            num_bytes = layout_of(channel, row, catalogue).num_bytes
+            num_bytes = layout_of(plan.channel(slot), row, catalogue).num_bytes
             total[row.target] = total.get(row.target, 0) + num_bytes
     return dict(sorted(total.items()))
+
+
+def delivered(tensors: dict[str, Tensor], channel: str, slot: str) -> dict[str, Tensor]:
+    """A channel's tensors under the slot's name."""
+    if slot == channel:
+        return tensors
+    return {slot + key.removeprefix(channel): value for key, value in tensors.items()}
 
 
 def sorted_headers(headers: Iterable[UpdateHeader]) -> tuple[UpdateHeader, ...]:

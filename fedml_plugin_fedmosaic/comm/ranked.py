@@ -22,6 +22,7 @@ from fedml_plugin_fedmosaic.comm.exchange import (
     catalogue_of,
     check_finite,
     check_plan,
+    delivered,
     empty_downlinks,
     plan_digest,
     received_bytes,
@@ -200,7 +201,7 @@ class RankedCommunicator(ABC):
     def execute(
         self, plan: MixingPlan, uploads: Mapping[int, SharedTensors]
     ) -> dict[int, dict[str, Tensor]]:
-        """Mixes the rows, channel by channel; each channel's vectors are packed once.
+        """Mixes the rows, slot by slot.
 
         Raises:
             PlanError: a source has no upload, keys, shapes or dtypes do not fit, a source is not
@@ -215,8 +216,9 @@ class RankedCommunicator(ABC):
         self.moved_bytes["mixing"] = 0
         parts = {client: split_channels(upload) for client, upload in uploads.items()}
         downlinks = empty_downlinks({*uploads, *self.owned(list(self.downlink_bytes))})
-        for channel in sorted(plan.rows):
-            routes = self.routes(plan, channel, catalogue)
+        for slot in sorted(plan.rows):
+            channel = plan.channel(slot)
+            routes = self.routes(plan, slot, catalogue)
             layouts = {c: route.group.layout for route in routes for c in route.group.sources}
             own = self.owned(list(layouts))
             room = self._packed.take([layouts[client].numel for client in own])
@@ -227,14 +229,14 @@ class RankedCommunicator(ABC):
             move = partial(self._move, "mixing")
             mixer = ChannelMixer(routes, self.rank, vectors, move, self._scratch)
             for client, (layout, vector) in mixer.run().items():
-                downlinks[client].update(layout.unpack(vector))
+                downlinks[client].update(delivered(layout.unpack(vector), channel, slot))
         return downlinks
 
     def routes(
-        self, plan: MixingPlan, channel: str, catalogue: Mapping[int, Mapping[str, Layout]]
+        self, plan: MixingPlan, slot: str, catalogue: Mapping[int, Mapping[str, Layout]]
     ) -> tuple[Route, ...]:
-        """How a channel's rows travel; a function of the plan, the owners and the layouts."""
-        rows = plan.rows[channel]
+        """How a slot's rows travel; a function of the plan, the owners and the layouts."""
+        rows, channel = plan.rows[slot], plan.channel(slot)
         clients = {client for row in rows for client in (row.target, *row.sources)}
         owners = {client: self._owner(client) for client in clients}
         layouts = {client: catalogue[client][channel] for row in rows for client in row.sources}

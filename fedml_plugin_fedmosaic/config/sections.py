@@ -113,6 +113,12 @@ class DataConfig:
     """Upper bound of training samples per task and client."""
     max_test_samples: PositiveInt | None = None
     """Upper bound of test samples per task."""
+    public: str | None = None
+    """Public samples (a JSON file or data root) for strategies that need them."""
+    public_samples: PositiveInt | None = None
+    """Public samples that are used; a fifth of a round's training samples when omitted."""
+    reserve: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the training samples that a strategy may keep away from training, or make public."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -6,7 +6,7 @@ The runtime emits; nobody below it does. One line of ``metrics.jsonl`` is ``to_r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, Protocol
 
 
@@ -47,7 +47,10 @@ class StepsDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientTrained(Event):
-    """One pass of one client is over. ``mean_loss`` is over the pass's steps, in nats."""
+    """One pass of one client is over. ``mean_loss`` is over the pass's steps, in nats.
+
+    ``flops`` are the estimated floating-point operations of its forward and backward passes.
+    """
 
     round_idx: int
     client_id: int
@@ -57,6 +60,20 @@ class ClientTrained(Event):
     num_tokens: int
     mean_loss: float
     duration_s: float
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientProbed(Event):
+    """A client has looked at models without training them."""
+
+    round_idx: int
+    client_id: int
+    probe_name: str
+    num_models: int
+    num_examples: int
+    duration_s: float
+    flops: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +175,7 @@ _LASTING: Mapping[str, type[Event]] = {
         RunStarted,
         RoundStarted,
         ClientTrained,
+        ClientProbed,
         ClientDropped,
         RoundSkipped,
         PlanMade,
@@ -194,7 +212,7 @@ def from_record(record: Mapping[str, Any]) -> Event | None:
         return None
     values: dict[str, Any] = {}
     for item in fields(kind):
-        if item.name not in record and item.name == "final":
+        if item.name not in record and item.default is not MISSING:
             continue
         value = record[item.name]
         if item.name.endswith("_bytes"):

@@ -98,6 +98,7 @@ STRATEGIES = Registry(
 ADAPTERS = Registry(
     "adapters",
     {
+        "dual_lora": f"{_ROOT}.adapters.dual_lora:inject_dual_lora",
         "lora": f"{_ROOT}.adapters.lora:inject_lora",
         "pq_lora": f"{_ROOT}.adapters.pq_lora:inject_pq_lora",
     },

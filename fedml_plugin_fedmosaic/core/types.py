@@ -266,6 +266,10 @@ class MixingPlan:
     relevance: Tensor | None = None
     weights: Tensor | None = None
 
+    def channel(self, slot: str) -> str:
+        """The channel whose tensors a slot delivers."""
+        return self.slots.get(slot, slot)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientState:

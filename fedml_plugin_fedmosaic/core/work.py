@@ -63,7 +63,8 @@ class Distillation:
     """``weight * divergence(teacher || student)`` on the supervised positions.
 
     The teacher's logits are the mean over ``teachers``, without gradients; or, for samples whose
-    logits were received, the tensors ``<targets>/<sample_id>`` of ``ClientState.tensors``.
+    logits were received, the tensors ``<targets>/<sample key>`` of ``ClientState.tensors``
+    (``data.base.Sample.key``).
 
     Attributes:
         weight: factor of the term; holds T^2 where an algorithm has it.
@@ -72,6 +73,7 @@ class Distillation:
         targets: prefix of received logits, float32 ``(supervised tokens, vocabulary)`` per sample.
         kind: ``kl``: KL(softmax(teacher/T) || softmax(student/T)); ``soft_ce``: cross entropy
             against softmax(teacher/T).
+        tasks: the term is for samples of these tasks only; for all when empty.
     """
 
     weight: float
@@ -79,6 +81,7 @@ class Distillation:
     teachers: tuple[ModelRef, ...] = ()
     targets: str = ""
     kind: Literal["kl", "soft_ce"] = "kl"
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +183,7 @@ class Probe:
         salt: varies the draw of ``Samples.REPLAY``.
         what: ``loss``: mean task loss per task. ``logits``, ``hidden``: also the logits, or the
             last hidden states, at the supervised positions of every sample.
+        tasks: label -> the only tasks whose samples the model is shown; all for other labels.
     """
 
     name: str
@@ -188,6 +192,7 @@ class Probe:
     limit: int | None = None
     salt: str = ""
     what: Literal["loss", "logits", "hidden"] = "loss"
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 Work = Pass | Probe
@@ -228,9 +233,9 @@ class ProbeResult:
     Attributes:
         losses: label -> task -> mean over the task's samples of each sample's mean token loss.
         counts: task -> samples.
-        tensors: ``<label>/<sample_id>`` -> float32 ``(supervised tokens, vocabulary or width)`` on
+        tensors: ``<label>/<sample key>`` -> float32 ``(supervised tokens, vocabulary or width)`` on
             the CPU, for ``logits`` and ``hidden``.
-        labels: sample_id -> ids of the supervised tokens, for ``logits`` and ``hidden``.
+        labels: sample key -> ids of the supervised tokens, for ``logits`` and ``hidden``.
         flops: as for a pass.
     """
 

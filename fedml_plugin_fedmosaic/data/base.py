@@ -47,6 +47,11 @@ class Sample:
     attributes: tuple[tuple[str, str | int | float], ...] = ()
 
     @property
+    def key(self) -> str:
+        """``<task>/<sample_id>``: unique in a data set's split."""
+        return f"{self.task}/{self.sample_id}"
+
+    @property
     def prompt(self) -> str:
         """The first user turn."""
         return self.turns[0]

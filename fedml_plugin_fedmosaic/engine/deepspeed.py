@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedml_plugin_fedmosaic.adapters.handle import check_state
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, EvalConfig, OptimConfig
-from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
+from fedml_plugin_fedmosaic.core.errors import AdapterError, ConfigError, DataError
 from fedml_plugin_fedmosaic.core.rng import derive_seed
 from fedml_plugin_fedmosaic.core.types import (
     AdapterKey,
@@ -37,12 +37,13 @@ from fedml_plugin_fedmosaic.core.types import (
     OptimizerState,
     View,
 )
-from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass
+from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass, Probe, ProbeResult
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import Score, ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.deepspeed_shards import Shards, is_partitioned, write_weights
 from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
 from fedml_plugin_fedmosaic.engine.losses import LOSSES
+from fedml_plugin_fedmosaic.engine.mixers import ModelMixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 
@@ -149,13 +150,21 @@ class DeepSpeedEngine(TorchEngine):
         moments: OptimizerState | None = None,
         progress: FitProgress | None = None,
         should_stop: ShouldStop | None = None,
+        sets: Mapping[str, AdapterState] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> LocalResult:
         """As :meth:`TorchEngine.fit`; each rank computes every ``size``-th sample of a step.
 
         The loss is the mean over the step's samples of each sample's mean token loss, however
         they are dealt; a rank without a sample takes part with weight 0. Dropout depends on
         ``seed``, step and rank. The ranks agree on ``should_stop``: one yes is enough.
+
+        Raises:
+            AdapterError: also if the pass is more than the task loss on one view.
         """
+        del sets, tensors  # only other losses than the task's need them
+        if not pass_.is_plain:
+            raise _one_rank_only(f"the losses of pass {pass_.name!r}")
 
         def agreed() -> bool:
             return self._group.sum([float(should_stop is not None and should_stop())])[0] > 0
@@ -178,8 +187,12 @@ class DeepSpeedEngine(TorchEngine):
         view: View,
         samples: Sequence[Sample],
         task: TaskSpec,
+        *,
+        mixer: ModelMixer | None = None,
     ) -> Score:
         """As :meth:`TorchEngine.evaluate`; all ranks run the same batches and get one score."""
+        if view is View.ENSEMBLE or mixer is not None:
+            raise _one_rank_only("a model that puts logits together")
         self._require_open()
         if self._engine is None:
             self._initialise()
@@ -269,12 +282,15 @@ class DeepSpeedEngine(TorchEngine):
                 samples or batch[:1]
             )
             engine.set_gradient_accumulation_boundary(start == starts[-1])
-            loss = loss_function(engine, inputs, positions).sum() / len(batch)
+            losses = loss_function(engine, inputs, positions)
+            loss = losses.sum() / len(batch)
             # DeepSpeed averages over the ranks; here they each hold a part of one sum.
             engine.backward(loss * (size if samples else 0), scale_wrt_gas=False)
             if samples:
                 total += loss.detach()
                 num_tokens += tokens
+                self._tally.losses(samples, losses)
+                self._tally.passes(inputs, forwards=1, backwards=1)
         engine.step()
         loss_sum, token_sum = self._group.sum([float(total), float(num_tokens)])
         return torch.tensor(loss_sum, dtype=torch.float32), int(token_sum)
@@ -287,6 +303,24 @@ class DeepSpeedEngine(TorchEngine):
     def _collect_moments(self, optimizer: torch.optim.Optimizer) -> dict[AdapterKey, Moments]:
         del optimizer  # the engine's own
         return self._ready().read_moments(self._trained_parameters())
+
+    def probe(
+        self,
+        probe: Probe,
+        adapter: AdapterState,
+        sets: Mapping[str, AdapterState],
+        samples: Sequence[Sample],
+    ) -> ProbeResult:
+        """Refuses: the sets of sharded models cannot be exchanged.
+
+        Raises:
+            AdapterError: always.
+        """
+        del adapter, sets, samples
+        raise _one_rank_only(f"probe {probe.name!r}")
+
+    def _total(self, values: Sequence[float]) -> Sequence[float]:
+        return self._group.sum(list(values))
 
     def _forward_model(self) -> Any:
         return _AllRanks(self._engine, self._group) if self._stage == 3 else self.adapter.model
@@ -403,6 +437,13 @@ class DeepSpeedEngine(TorchEngine):
         for rank, text in enumerate(self._group.texts(problem)):
             if text:
                 raise DataError(f"rank {rank} of the group: {text}")
+
+
+def _one_rank_only(what: str) -> AdapterError:
+    return AdapterError(
+        f"{what}: DeepSpeed trains and evaluates one view with the task loss only",
+        hint="train this strategy with ranks: 1 and engine: torch for all models",
+    )
 
 
 @contextmanager

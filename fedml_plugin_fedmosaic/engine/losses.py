@@ -31,10 +31,25 @@ def cross_entropy(model: Any, batch: Batch, positions: Tensor) -> Tensor:
     Returns:
         float32 ``(n,)`` with gradients.
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits.float()
+    logits = supervised_logits(model, batch, positions)
     targets = batch["labels"].index_select(1, positions + 1)
     token_losses = functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
     return token_losses.view_as(targets).sum(1) / (targets != IGNORE).sum(1)
+
+
+def supervised_logits(model: Any, batch: Batch, positions: Tensor) -> Tensor:
+    """Logits at the given positions.
+
+    Returns:
+        float32 ``(n, k, vocabulary)``.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=positions).logits.float()
+    return logits
+
+
+def supervised(batch: Batch, positions: Tensor) -> Tensor:
+    """Which of the positions are supervised in which sample: bool ``(n, k)``."""
+    return batch["labels"].index_select(1, positions + 1) != IGNORE

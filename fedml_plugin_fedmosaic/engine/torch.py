@@ -30,13 +30,24 @@ from fedml_plugin_fedmosaic.core.types import (
     View,
     channel_of,
 )
-from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass
+from fedml_plugin_fedmosaic.core.work import (
+    FitProgress,
+    LocalResult,
+    Pass,
+    Probe,
+    ProbeResult,
+)
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import FitStopped, Score, ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.losses import LOSSES
+from fedml_plugin_fedmosaic.engine.mixers import Ensemble, ModelMixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.moments import collect_moments, load_moments
+from fedml_plugin_fedmosaic.engine.objectives import ObjectiveStep, leaf_groups
+from fedml_plugin_fedmosaic.engine.probe import run_probe
 from fedml_plugin_fedmosaic.engine.scoring import score_task
+from fedml_plugin_fedmosaic.engine.sets import AdapterSets
+from fedml_plugin_fedmosaic.engine.tally import Tally, means
 
 _WARM_UP = 0.1
 
@@ -108,6 +119,9 @@ class TorchEngine:
         self._initial = self.adapter.collect()
         self._loaded: AdapterState | None = None
         self._closed = False
+        self._tally = Tally(0, ())
+        self._sets = AdapterSets(self.adapter.parameters(), {})
+        self._tensors: Mapping[str, Tensor] = {}
 
     def initial_adapter(self) -> AdapterState:
         """Freshly initialised adapter tensors (copies); the same for every client."""
@@ -142,6 +156,8 @@ class TorchEngine:
         moments: OptimizerState | None = None,
         progress: FitProgress | None = None,
         should_stop: ShouldStop | None = None,
+        sets: Mapping[str, AdapterState] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> LocalResult:
         """Trains one optimizer step per item of ``batches``, at most ``pass_.num_steps``.
 
@@ -162,6 +178,9 @@ class TorchEngine:
             progress: where an earlier call with the same arguments was stopped; the result is
                 then bit for bit that of a call that was not.
             should_stop: asked after each step but the last.
+            sets: the client's adapter sets that the pass names, but not those it lays over the
+                adapter: they are in ``adapter`` already.
+            tensors: received logits that the pass names.
 
         Returns:
             The trained adapter; without batches the adapter as it came.
@@ -174,6 +193,18 @@ class TorchEngine:
         """
         started = time.perf_counter()
         batches = batches[: pass_.num_steps]
+        self._tally = Tally(
+            self.info.num_parameters,
+            (sample.task for batch in batches for sample in batch),
+            before=None if progress is None else progress.task_sums,
+            flops=0.0 if progress is None else progress.flops,
+        )
+        self._sets = AdapterSets(
+            self.adapter.parameters(),
+            {**(sets or {}), **({} if progress is None else progress.sets)},
+            tuple(pass_.route.values()),
+        )
+        self._tensors = tensors or {}
         optimizer = self._start(pass_, adapter, moments, progress)
         done = 0 if progress is None else len(progress.losses)
         self._prefetch(batches[done:])
@@ -199,10 +230,18 @@ class TorchEngine:
             "losses": tuple(values),
             "num_tokens": num_tokens,
             "duration_s": duration_s,
+            "sets": self._sets.collect(),
+            "flops": self._tally.flops(self._total),
         }
+        sums = self._tally.sums(self._total)
         if run.stopped:
-            raise FitStopped(FitProgress(**outcome))
-        return LocalResult(num_examples=sum(len(batch) for batch in batches), **outcome)
+            kept_by_set = {
+                name: collect_moments(optimizer, leaves)
+                for name, leaves in self._sets.leaves.items()
+            }
+            raise FitStopped(FitProgress(task_sums=sums, set_moments=kept_by_set, **outcome))
+        num_examples = sum(len(batch) for batch in batches)
+        return LocalResult(num_examples=num_examples, task_losses=means(sums), **outcome)
 
     def _steps(
         self,
@@ -219,12 +258,13 @@ class TorchEngine:
         losses: list[Tensor] = []
         num_tokens = 0
         peak = [group["lr"] for group in optimizer.param_groups]
+        one_step = self._stepper(pass_, optimizer)
         with _own_generator(self._bundle.device) as reseed:
             for step, batch in enumerate(batches[done:], start=done):
                 reseed(self._step_seed(seed, step))
                 for group, rate in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = rate * self._schedule(step, len(batches))
-                loss, tokens = self._step(batch, optimizer, pass_.loss)
+                loss, tokens = one_step(batch)
                 self._check_finite(loss, step, len(batches))
                 losses.append(loss)
                 num_tokens += tokens
@@ -244,8 +284,10 @@ class TorchEngine:
         """Puts weights, trained branches and moments in place; returns the optimizer."""
         self._load(adapter if progress is None else progress.adapter)
         self._loaded = None
-        self.adapter.set_view(pass_.view)
-        self.adapter.set_trainable(pass_.train)
+        if pass_.view is not View.ENSEMBLE:
+            self.adapter.set_view(pass_.view)
+        trained = frozenset[Branch]().union(*(item.train for item in pass_.objectives))
+        self.adapter.set_trainable(trained)
         optimizer = self._optimizer(pass_)
         if progress is not None:
             moments = progress.moments
@@ -253,8 +295,47 @@ class TorchEngine:
             moments = None
         if moments:
             load_moments(optimizer, self.adapter.parameters(), moments)
+        if progress is not None:
+            for name, leaves in self._sets.leaves.items():
+                load_moments(optimizer, leaves, progress.set_moments.get(name, {}))
         self.adapter.model.train()
         return optimizer
+
+    def probe(
+        self,
+        probe: Probe,
+        adapter: AdapterState,
+        sets: Mapping[str, AdapterState],
+        samples: Sequence[Sample],
+    ) -> ProbeResult:
+        """Looks at models without training them.
+
+        Args:
+            probe: which models, and what of them.
+            adapter: the client's tensors.
+            sets: the client's adapter sets that the probe names.
+            samples: what they are shown.
+
+        Returns:
+            Losses per model and task; with ``logits`` and ``hidden`` also these tensors.
+
+        Raises:
+            AdapterError: tensors do not fit, or there is no such set.
+            DataError: a sample cannot be encoded.
+        """
+        self._load(adapter)
+        self.adapter.model.eval()
+        self._bundle.processor.prefetch(samples)
+        named = AdapterSets(self.adapter.parameters(), sets)
+        tally = Tally(self.info.num_parameters, ())
+        return run_probe(
+            probe, self.adapter, named, samples, self._bundle.processor, self._optim, tally
+        )
+
+    def vocabulary(self) -> str:
+        """Digest of the tokenizer's vocabulary: equal ones give logits of equal meaning."""
+        words = sorted(self._bundle.processor.tokenizer.get_vocab().items())
+        return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
 
     def evaluate(
         self,
@@ -262,6 +343,8 @@ class TorchEngine:
         view: View,
         samples: Sequence[Sample],
         task: TaskSpec,
+        *,
+        mixer: ModelMixer | None = None,
     ) -> Score:
         """Scores one task.
 
@@ -270,6 +353,7 @@ class TorchEngine:
             view: branches to use; ignored for the base model.
             samples: test samples.
             task: says how answers are judged.
+            mixer: changes the model's logits; see :mod:`engine.mixers`.
 
         Returns:
             The score; NaN without samples.
@@ -279,11 +363,17 @@ class TorchEngine:
             view = View.BASE
         else:
             self._load(adapter)
-        self.adapter.set_view(view)
+        if view is not View.ENSEMBLE:
+            self.adapter.set_view(view)
         self.adapter.model.eval()
         self._bundle.processor.prefetch(samples)
+        model = self._forward_model()
+        if view is View.ENSEMBLE:
+            model = Ensemble(model, self.adapter)
+        if mixer is not None:
+            model = mixer(model, self._bundle.processor)
         return score_task(
-            self._forward_model(),
+            model,
             self._bundle.processor,
             samples,
             task,
@@ -321,6 +411,34 @@ class TorchEngine:
     def _forward_model(self) -> Any:
         return self.adapter.model
 
+    def _total(self, values: Sequence[float]) -> Sequence[float]:
+        """Sums over the ranks that train together."""
+        return values
+
+    def _stepper(
+        self, pass_: Pass, optimizer: torch.optim.Optimizer
+    ) -> Callable[[Sequence[Sample]], tuple[Tensor, int]]:
+        """One optimizer step of the pass, as a function of its batch."""
+        if pass_.is_plain:
+            return lambda batch: self._step(batch, optimizer, pass_.loss)
+        work = ObjectiveStep(
+            pass_,
+            self.adapter,
+            self._sets,
+            self._tensors,
+            self._bundle.processor,
+            self._optim.batch_size,
+            self._tally,
+        )
+
+        def step(batch: Sequence[Sample]) -> tuple[Tensor, int]:
+            optimizer.zero_grad(set_to_none=True)
+            loss, tokens = work.backward(batch)
+            self._apply(optimizer)
+            return loss, tokens
+
+        return step
+
     def _require_open(self) -> None:
         if self._closed:
             raise AdapterError(
@@ -338,7 +456,7 @@ class TorchEngine:
         rates = {"ab": self._optim.learning_rate, "pq": self._optim.pq_learning_rate}
         groups = [
             {"params": parameters, "lr": rates[name] * pass_.lr_scale}
-            for name, parameters in self.adapter.param_groups().items()
+            for name, parameters in leaf_groups(self._sets, self.adapter.param_groups()).items()
             if parameters
         ]
         if not groups:
@@ -371,15 +489,22 @@ class TorchEngine:
             inputs, positions, tokens = self._bundle.processor.encode_supervised(
                 batch[start : start + size]
             )
-            loss = loss_function(self.adapter.model, inputs, positions).sum() / len(batch)
+            losses = loss_function(self.adapter.model, inputs, positions)
+            loss = losses.sum() / len(batch)
             loss.backward()
             total += loss.detach()
             num_tokens += tokens
+            self._tally.losses(batch[start : start + size], losses)
+            self._tally.passes(inputs, forwards=1, backwards=1)
+        self._apply(optimizer)
+        return total, num_tokens
+
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer step with the gradients that are there."""
         if self._optim.max_grad_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self._optim.max_grad_norm)
         optimizer.step()
-        return total, num_tokens
 
     def _check_finite(self, loss: Tensor, step: int, num_steps: int) -> None:
         # Reading the value on an accelerator would wait for it; there it is read at the end.

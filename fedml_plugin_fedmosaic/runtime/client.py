@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fedml_plugin_fedmosaic.config.sections import Experiment
+from fedml_plugin_fedmosaic.core.errors import AdapterError, DataError
 from fedml_plugin_fedmosaic.core.registry import ADAPTERS
 from fedml_plugin_fedmosaic.core.rng import derive_seed
 from fedml_plugin_fedmosaic.core.types import (
+    AdapterState,
     ClientContext,
     ClientManifest,
     ClientState,
@@ -17,7 +20,17 @@ from fedml_plugin_fedmosaic.core.types import (
     SharedTensors,
     UpdateHeader,
 )
-from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass, Work
+from fedml_plugin_fedmosaic.core.work import (
+    FitProgress,
+    LocalResult,
+    Pass,
+    Probe,
+    ProbeResult,
+    Result,
+    Samples,
+    Served,
+    Work,
+)
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.base import ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.factory import make_engine
@@ -28,7 +41,14 @@ from fedml_plugin_fedmosaic.equations.gradient import smooth
 from fedml_plugin_fedmosaic.runtime.alignment import load_alignment, wants_alignment
 from fedml_plugin_fedmosaic.runtime.alignment_files import Alignment
 from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
-from fedml_plugin_fedmosaic.strategies.base import Strategy, relative_steps
+from fedml_plugin_fedmosaic.runtime.supply import (
+    batch_size,
+    one_epoch,
+    set_aside,
+    shuffled_batches,
+    with_public,
+)
+from fedml_plugin_fedmosaic.strategies.base import TRAIN, Strategy, relative_steps
 
 
 class EnginePool:
@@ -104,9 +124,13 @@ class ClientRunner:
         engine: TorchEngine,
         strategy: Strategy,
         experiment: Experiment,
+        public: Sequence[Sample] = (),
+        held_out: Sequence[Sample] = (),
     ) -> None:
         self.manifest = manifest
         self.data = data
+        self._public = tuple(public)
+        self._held_out = tuple(held_out)
         self.engine = engine
         self._strategy = strategy
         self._experiment = experiment
@@ -149,8 +173,8 @@ class ClientRunner:
         """Takes a saved state of inside the round; the round's batches stay as drawn."""
         self.state = state
 
-    def context(self, round_idx: int) -> ClientContext:
-        """What the client half may know in a round."""
+    def context(self, round_idx: int, stage: str = TRAIN) -> ClientContext:
+        """What the client half may know in a stage of a round."""
         steps = self._experiment.optim.num_steps * relative_steps(self._strategy)
         return ClientContext(
             manifest=self.manifest,
@@ -158,15 +182,74 @@ class ClientRunner:
             num_rounds=self._experiment.train.comm_round,
             num_steps=max(1, round(steps)),
             seed=self._seed,
+            stage=stage,
+            public_steps=math.ceil(len(self._public) / batch_size(self._experiment)),
         )
 
-    def prepare(self, downlink: SharedTensors, round_idx: int) -> tuple[Work, ...]:
-        """Takes the downlink in, draws the round's batches, and says which passes to train."""
-        context = self.context(round_idx)
-        self.state, passes = self._strategy.client.prepare(downlink, self.state, context)
-        self._batches = self._arrivals.batches(round_idx, context.num_steps)
+    def prepare(
+        self, downlink: SharedTensors, round_idx: int, stage: str = TRAIN
+    ) -> tuple[Work, ...]:
+        """Takes the downlink in, draws batches in the round's first stage, says what to do."""
+        context = self.context(round_idx, stage)
+        self.state, works = self._strategy.client.prepare(downlink, self.state, context)
+        self._batches = ()
+        if stage == TRAIN:
+            self._batches = self._arrivals.batches(round_idx, context.num_steps)
         self._result = None
-        return passes
+        return works
+
+    def advance(
+        self, results: Mapping[str, Result], round_idx: int, stage: str = TRAIN
+    ) -> tuple[Work, ...]:
+        """Tells the client half what its work has given; returns what to do next."""
+        self.state, works = self._strategy.client.advance(
+            results, self.state, self.context(round_idx, stage)
+        )
+        return works
+
+    def _drawn(self, work: Work, round_idx: int, num_steps: int) -> Sequence[Sequence[Sample]]:
+        """Batches for a piece of work."""
+        size = batch_size(self._experiment)
+        name = ("work samples", self.client_id, round_idx, work.salt or work.name)
+        samples: Sequence[Sample]
+        match work.samples:
+            case Samples.ROUND:
+                first = work.first_step if isinstance(work, Pass) else 0
+                return self._batches[first : first + num_steps]
+            case Samples.REPLAY:
+                samples = self._arrivals.arrived(round_idx + 1)
+            case Samples.HELD_OUT:
+                samples = self._held_out
+            case Samples.PUBLIC:
+                samples = self._with_targets(work)
+        if not samples:
+            raise DataError(f"client {self.client_id}: {work.name!r} has no {work.samples} samples")
+        if isinstance(work, Probe):
+            return one_epoch(samples, size, self._seed, *name)
+        return shuffled_batches(samples, num_steps, size, self._seed, *name)
+
+    def _with_targets(self, work: Work) -> Sequence[Sample]:
+        """The public samples; where logits are distilled, those whose logits were received."""
+        prefixes = {
+            term.targets
+            for item in (work.objectives if isinstance(work, Pass) else ())
+            for term in item.distil
+            if term.targets
+        }
+        return [
+            sample
+            for sample in self._public
+            if all(f"{prefix}/{sample.key}" in self.state.tensors for prefix in prefixes)
+        ]
+
+    def look(self, probe: Probe, round_idx: int) -> ProbeResult:
+        """Carries out a probe."""
+        if probe.samples in (Samples.HELD_OUT, Samples.PUBLIC):
+            samples = list(self._held_out if probe.samples is Samples.HELD_OUT else self._public)
+        else:
+            drawn = self._drawn(probe, round_idx, len(self._batches))
+            samples = list({item.key: item for batch in drawn for item in batch}.values())
+        return self.engine.probe(probe, self.state.adapter, self.state.sets, samples[: probe.limit])
 
     def fit(
         self,
@@ -183,23 +266,36 @@ class ClientRunner:
             FitStopped: ``should_stop`` said so; the state is that of before the pass.
         """
         optim = self._experiment.optim
-        share = round_idx / max(self._experiment.train.comm_round, 1)
+        num_rounds = self._experiment.train.comm_round
+        share = min(round_idx, num_rounds) / max(num_rounds, 1)
         scale = 1.0 - (1.0 - optim.final_lr_fraction) * share
+        # AdamW's moments are kept by tensor of the adapter; sets have none of their own.
+        own = not pass_.into and not pass_.route
+        state = self.state
         result = self.engine.fit(
             replace(pass_, lr_scale=pass_.lr_scale * scale),
-            self.state.adapter,
-            self._batches[: pass_.num_steps],
+            laid_over(state, pass_.overlay),
+            self._drawn(pass_, round_idx, pass_.num_steps),
             seed=derive_seed(self._seed, "fit", self.manifest.client_id, round_idx, pass_.name),
             on_step=on_step,
-            moments=self.state.moments,
+            moments=state.moments if own else None,
             progress=progress,
             should_stop=should_stop,
+            sets=state.sets,
+            tensors=state.tensors,
         )
-        self.state = replace(
-            self.state,
-            adapter=result.adapter,
-            moments={**self.state.moments, **result.moments},
-        )
+        sets = {**state.sets, **result.sets}
+        adapter = result.adapter
+        if pass_.into or pass_.overlay:
+            branches = {branch for item in pass_.objectives for branch in item.train}
+            trained = {key: value for key, value in adapter.items() if key.branch in branches}
+            adapter = state.adapter
+            if pass_.into:
+                sets[pass_.into] = {**sets.get(pass_.into, {}), **trained}
+            else:
+                adapter = {**adapter, **trained}
+        moments = {**state.moments, **result.moments} if own else state.moments
+        self.state = replace(state, adapter=adapter, sets=sets, moments=moments)
         self._result = result
         return result
 
@@ -219,25 +315,34 @@ class ClientRunner:
             sketch_average=average if compressed else None,
         )
 
-    def finish(self, round_idx: int) -> ClientUpdate:
+    def finish(self, round_idx: int, stage: str = TRAIN) -> ClientUpdate:
         """Makes the update and the next state."""
-        if self._result is None:
-            raise RuntimeError("finish() before fit(): the strategy's prepare() returned no pass")
+        result = self._result
+        if result is None:
+            if stage == TRAIN:
+                raise RuntimeError("finish() before fit(): the strategy asked for no pass")
+            result = LocalResult(
+                adapter=self.state.adapter, losses=(), num_examples=0, num_tokens=0, duration_s=0.0
+            )
         header = UpdateHeader(
             client_id=self.manifest.client_id,
             round_idx=round_idx,
-            num_examples=self._result.num_examples,
-            sketch=self.state.sketch if self._strategy.needs_sketch else None,
+            num_examples=result.num_examples,
+            sketch=self.state.sketch if self._strategy.needs_sketch and stage == TRAIN else None,
         )
         update, state = self._strategy.client.finish(
-            self._result, self.state, self.context(round_idx), header
+            result, self.state, self.context(round_idx, stage), header
         )
         self.state = replace(
             state,
-            participations=state.participations + 1,
+            participations=state.participations + (stage == TRAIN),
             extra={**state.extra, "arrivals": self._arrivals.state()},
         )
         return update
+
+    def serve(self, view: str, task: str) -> Served:
+        """The model that answers a task in a view."""
+        return self._strategy.client.serve(view, task, self.state)
 
 
 def build_clients(
@@ -249,7 +354,15 @@ def build_clients(
 ) -> dict[int, ClientRunner]:
     """The clients of this rank's group, in ascending id."""
     runners: dict[int, ClientRunner] = {}
-    for client in data.clients:
+    public: Sequence[Sample] = ()
+    if strategy.needs_public:
+        data, public = with_public(experiment, data)
+    for whole in data.clients:
+        client, held_out = whole, tuple[Sample, ...]()
+        if strategy.needs_held_out:
+            client, held_out = set_aside(
+                whole, experiment.data.reserve, experiment.common.random_seed, "held out"
+            )
         if client.client_id not in owned:
             continue
         engine = pool.engine(client.model_id)
@@ -263,6 +376,15 @@ def build_clients(
             num_examples=sum(len(samples) for samples in client.train),
             tasks=tuple(task.name for task in client.tasks),
             layouts=engine.layouts(),
+            vocabulary=engine.vocabulary(),
+            task_examples={
+                task.name: len(samples)
+                for task, samples in zip(client.tasks, client.train, strict=True)
+            },
+            modalities={
+                task.name: "image+text" if any(sample.images for sample in samples) else "text"
+                for task, samples in zip(client.tasks, client.train, strict=True)
+            },
         )
         runners[client.client_id] = ClientRunner(
             manifest=manifest,
@@ -270,5 +392,27 @@ def build_clients(
             engine=engine,
             strategy=strategy,
             experiment=experiment,
+            public=public,
+            held_out=held_out,
         )
     return runners
+
+
+def laid_over(state: ClientState, overlay: Sequence[str]) -> AdapterState:
+    """A client's adapter with named sets laid over it; the adapter itself without any.
+
+    Raises:
+        AdapterError: there is no such set.
+    """
+    if not overlay:
+        return state.adapter
+    merged = dict(state.adapter)
+    for name in overlay:
+        if name not in state.sets:
+            known = ", ".join(state.sets) or "none"
+            raise AdapterError(
+                f"client {state.client_id} has no adapter set {name!r}; it has: {known}",
+                hint="prepare() or advance() must put it into ClientState.sets",
+            )
+        merged.update(state.sets[name])
+    return merged

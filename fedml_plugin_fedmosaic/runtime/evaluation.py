@@ -7,12 +7,13 @@ from typing import Literal
 
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, Experiment
 from fedml_plugin_fedmosaic.core.events import Evaluated, EvaluationProgress, EventSink
-from fedml_plugin_fedmosaic.core.types import View
+from fedml_plugin_fedmosaic.core.types import AdapterState, View
 from fedml_plugin_fedmosaic.data.base import FederatedData, Sample
 from fedml_plugin_fedmosaic.engine.base import Score, ShouldStop
 from fedml_plugin_fedmosaic.engine.factory import make_engine
+from fedml_plugin_fedmosaic.engine.mixers import make_mixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
-from fedml_plugin_fedmosaic.runtime.client import ClientRunner
+from fedml_plugin_fedmosaic.runtime.client import ClientRunner, laid_over
 from fedml_plugin_fedmosaic.runtime.journal import ScoreKey
 from fedml_plugin_fedmosaic.runtime.signals import never
 from fedml_plugin_fedmosaic.strategies.base import Strategy
@@ -134,7 +135,8 @@ def evaluate_clients(
     """
     views = [strategy.eval_view]
     if final:
-        views += [view for view in experiment.evaluation.views if view not in views]
+        wanted = (*strategy.final_views, *experiment.evaluation.views)
+        views += [view for view in dict.fromkeys(wanted) if view not in views]
     jobs: list[tuple[ClientRunner, str, str]] = []
     for client in clients.values():
         own = _scored(data, client.manifest.tasks)
@@ -146,11 +148,24 @@ def evaluate_clients(
             for task in tasks
             if (*where, str(view), task, final) not in known
         ]
+    last: ClientRunner | None = None
+    overlay: tuple[str, ...] = ()
+    adapter: AdapterState = {}
     for done, (client, view, task) in enumerate(jobs, start=1):
         if should_stop():
             return False
         samples = _test_samples(experiment, data, task, final=final)
-        score = client.engine.evaluate(client.state.adapter, View(view), samples, data.tasks[task])
+        served = client.serve(view, task)
+        if served.model.overlay != overlay or client is not last or not overlay:
+            adapter = laid_over(client.state, served.model.overlay)
+        last, overlay = client, served.model.overlay
+        score = client.engine.evaluate(
+            adapter,
+            served.model.view,
+            samples,
+            data.tasks[task],
+            mixer=make_mixer(served.mixer, served.tensors, served.options),
+        )
         sink(
             Evaluated(
                 strategy=strategy.name,

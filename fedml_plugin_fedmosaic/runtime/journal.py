@@ -25,6 +25,7 @@ ScoreKey = tuple[str, int, int, str, str, bool]
 _PHASES = {
     "RoundStarted": 0,
     "ClientTrained": 1,
+    "ClientProbed": 1,
     "ClientDropped": 1,
     "RoundSkipped": 2,
     "PlanMade": 3,

@@ -46,7 +46,8 @@ class Keeper:
         comm: all ranks of the job.
         ledger: who delivered when; saved with each round.
         save_every: rounds between two checkpoints.
-        num_rounds: rounds of the run; the last one is always saved.
+        num_rounds: rounds of the run, and one more if the strategy has stages after the last; the
+            last one is always saved.
         sync: makes the events that were emitted so far outlive a power cut.
     """
 
@@ -67,7 +68,7 @@ class Keeper:
         self._num_rounds = num_rounds
         self._sync = sync
         self._saved_round = -1
-        self._waiting: dict[int, tuple[int, ClientRecord]] = {}
+        self._waiting: dict[int, tuple[int, int, ClientRecord]] = {}
         self._updates: dict[int, SharedTensors] = {}
         self._received: dict[int, SharedTensors] = {}
         self._accepted: dict[int, SharedTensors] = {}
@@ -84,6 +85,12 @@ class Keeper:
         if not self._store.rounds():
             return None
         saved = together(self._comm, lambda: self._store.load(clients=clients))
+        trained = saved.num_rounds
+        if saved.round_idx >= trained and self._num_rounds != saved.round_idx + 1:
+            raise CheckpointError(
+                f"the stages after round {trained}, the last, are done: no more rounds can follow",
+                hint=f"--from-round {trained} goes on from before them",
+            )
         for client_id, state in saved.clients.items():
             clients[client_id].adopt(state)
         self._ledger.restore(saved.progress["ledger"])
@@ -97,7 +104,7 @@ class Keeper:
             downlinks=dict(saved.downlinks),
         )
 
-    def finished(self, round_idx: int, client_id: int) -> ClientRecord | None:
+    def finished(self, round_idx: int, client_id: int, stage: int = 0) -> ClientRecord | None:
         """A client of this round that was done before the run was interrupted.
 
         Raises:
@@ -106,12 +113,12 @@ class Keeper:
         if round_idx != self._saved_round + 1:
             return None
         with self._hinted():
-            record = self._store.finished_client(round_idx, client_id)
+            record = self._store.finished_client(round_idx, client_id, stage)
         if record is not None:
             self._updates[client_id] = record.update.tensors
         return record
 
-    def stopped(self, round_idx: int, client_id: int) -> StepRecord | None:
+    def stopped(self, round_idx: int, client_id: int, stage: int = 0) -> StepRecord | None:
         """Where a client of this round was stopped before the run was interrupted.
 
         Raises:
@@ -120,7 +127,7 @@ class Keeper:
         if round_idx != self._saved_round + 1:
             return None
         with self._hinted():
-            return self._store.stopped_client(round_idx, client_id)
+            return self._store.stopped_client(round_idx, client_id, stage)
 
     @contextmanager
     def _hinted(self) -> Iterator[None]:
@@ -132,8 +139,10 @@ class Keeper:
             error.hint = f"--from-round {done} goes on after round {done} without this file"
             raise
 
-    def client_done(self, round_idx: int, client_id: int, record: ClientRecord) -> None:
-        """Saves a client that has finished its part of the round.
+    def client_done(
+        self, round_idx: int, client_id: int, record: ClientRecord, stage: int = 0
+    ) -> None:
+        """Saves a client that has finished its part of a stage of the round.
 
         Between two checkpoints that are more than a round apart it is only kept in memory: a
         resumed run could not use it.
@@ -141,18 +150,20 @@ class Keeper:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        self._waiting[client_id] = (round_idx, record)
+        self._waiting[client_id] = (round_idx, stage, record)
         if round_idx == self._saved_round + 1 or self._saves(round_idx):
             self._write_waiting(client_id)
 
-    def client_stopped(self, round_idx: int, client_id: int, record: StepRecord) -> None:
+    def client_stopped(
+        self, round_idx: int, client_id: int, record: StepRecord, stage: int = 0
+    ) -> None:
         """Saves a client that was stopped inside a pass.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         if round_idx == self._saved_round + 1:
-            self._store.save_step(round_idx, client_id, record)
+            self._store.save_step(round_idx, client_id, record, stage)
 
     def round_done(
         self,
@@ -201,6 +212,6 @@ class Keeper:
         self._sync()
 
     def _write_waiting(self, client_id: int) -> None:
-        made_in, record = self._waiting.pop(client_id)
-        self._store.save_client(made_in, client_id, record)
+        made_in, stage, record = self._waiting.pop(client_id)
+        self._store.save_client(made_in, client_id, record, stage)
         self._updates[client_id] = record.update.tensors

@@ -16,7 +16,13 @@ from fedml_plugin_fedmosaic.core.types import (
     SharedTensors,
     UpdateHeader,
 )
-from fedml_plugin_fedmosaic.core.work import FitProgress
+from fedml_plugin_fedmosaic.core.work import FitProgress, Result, Work
+from fedml_plugin_fedmosaic.runtime.worktree import (
+    result_from_tree,
+    results_tree,
+    work_from_tree,
+    works_tree,
+)
 
 EventRecord = Mapping[str, Any]
 """An event as :func:`core.events.to_record` makes it."""
@@ -42,16 +48,20 @@ class StepRecord:
     """A client that was stopped inside a pass.
 
     Attributes:
-        pass_idx: which pass of the round, 0-based.
+        pass_idx: which piece of work of the turn, 0-based.
         state: the client's state before that pass, without its adapter (see ``progress``).
         progress: where in the pass.
         events: of the round's finished passes.
+        works: the turn's work.
+        results: of the turn's finished work, by name; a pass's without tensors.
     """
 
     pass_idx: int
     state: ClientState
     progress: FitProgress
     events: tuple[EventRecord, ...] = ()
+    works: tuple[Work, ...] = ()
+    results: Mapping[str, Result] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +121,8 @@ def state_tree(state: ClientState) -> dict[str, Any]:
         "sketch_average": state.sketch_average,
         "moments": _moments_tree(state.moments),
         "extra": dict(state.extra),
+        "sets": {name: _adapter_tree(tensors) for name, tensors in state.sets.items()},
+        "tensors": dict(state.tensors),
     }
 
 
@@ -124,6 +136,8 @@ def state_from_tree(tree: Mapping[str, Any]) -> ClientState:
         sketch_average=tree.get("sketch_average"),
         moments=_moments(tree["moments"]),
         extra=tree["extra"],
+        sets={name: _adapter(tensors) for name, tensors in tree.get("sets", {}).items()},
+        tensors=tree.get("tensors", {}),
     )
 
 
@@ -137,6 +151,7 @@ def client_tree(record: ClientRecord) -> dict[str, Any]:
             "round_idx": header.round_idx,
             "num_examples": header.num_examples,
             "sketch": header.sketch,
+            "notes": dict(header.notes),
         },
         "update": dict(record.update.tensors),
         "events": list(record.events),
@@ -164,8 +179,14 @@ def step_tree(record: StepRecord) -> dict[str, Any]:
             "losses": list(progress.losses),
             "num_tokens": progress.num_tokens,
             "duration_s": progress.duration_s,
+            "sets": {name: _adapter_tree(value) for name, value in progress.sets.items()},
+            "set_moments": {name: _moments_tree(m) for name, m in progress.set_moments.items()},
+            "task_sums": {task: list(entry) for task, entry in progress.task_sums.items()},
+            "flops": progress.flops,
         },
         "events": list(record.events),
+        "works": works_tree(record.works),
+        "results": results_tree(record.results),
     }
 
 
@@ -181,6 +202,14 @@ def step_from_tree(tree: Mapping[str, Any]) -> StepRecord:
             losses=tuple(progress["losses"]),
             num_tokens=progress["num_tokens"],
             duration_s=progress["duration_s"],
+            sets={name: _adapter(value) for name, value in progress["sets"].items()},
+            set_moments={name: _moments(value) for name, value in progress["set_moments"].items()},
+            task_sums={
+                task: (loss, count) for task, (loss, count) in progress["task_sums"].items()
+            },
+            flops=progress["flops"],
         ),
         events=tuple(tree["events"]),
+        works=tuple(work_from_tree(work) for work in tree["works"]),
+        results={name: result_from_tree(value) for name, value in tree["results"].items()},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from fedml_plugin_fedmosaic.core.events import (
 )
 from fedml_plugin_fedmosaic.core.types import (
     ClientUpdate,
+    MixingPlan,
     Relevance,
     SharedTensors,
     UpdateHeader,
+    channel_of,
 )
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.runtime.attendance import Attendance
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner, EnginePool, build_clients
-from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer
+from fedml_plugin_fedmosaic.runtime.cohort import CohortTrainer, Stage
 from fedml_plugin_fedmosaic.runtime.evaluation import evaluate_clients
 from fedml_plugin_fedmosaic.runtime.faults import FaultGuard
 from fedml_plugin_fedmosaic.runtime.hooks import RoundHooks
@@ -44,7 +47,7 @@ from fedml_plugin_fedmosaic.runtime.setup import (
     together,
 )
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
-from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.base import TRAIN, ServerState
 
 
 def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | None:
@@ -59,6 +62,26 @@ def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | Non
         )
         for row, mask in zip(matrix, known, strict=True)
     )
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes per client over the stages of a round."""
+
+    up: dict[int, int] = field(default_factory=dict)
+    down: dict[int, int] = field(default_factory=dict)
+
+    def add(self, comm: Communicator) -> None:
+        """Adds those of the last stage."""
+        for total, new in ((self.up, comm.uplink_bytes), (self.down, comm.downlink_bytes)):
+            for client_id, count in new.items():
+                total[client_id] = total.get(client_id, 0) + count
+
+
+def with_channels(old: SharedTensors, new: SharedTensors) -> SharedTensors:
+    """Old tensors with whole channels replaced by new ones."""
+    channels = {channel_of(key) for key in new}
+    return {**{key: old[key] for key in old if channel_of(key) not in channels}, **new}
 
 
 class StrategyRun:
@@ -100,7 +123,7 @@ class StrategyRun:
             comm,
             self.guard.ledger,
             save_every=experiment.run.save_every,
-            num_rounds=self.num_rounds,
+            num_rounds=self._num_steps,
             sync=life.sync,
         )
         self.train_s = 0.0
@@ -180,9 +203,14 @@ class StrategyRun:
         )
         if standing.next_round > 0:
             self._evaluate(standing.next_round - 1, mine)
-        for round_idx in range(standing.next_round, self.num_rounds):
+        for round_idx in range(standing.next_round, self._num_steps):
             self._round(round_idx, standing, mine, trainer)
             self._evaluate(round_idx, mine)
+
+    @property
+    def _num_steps(self) -> int:
+        """Rounds, and one more for the stages after the last."""
+        return self.num_rounds + bool(self.strategy.final_stages)
 
     def _round(
         self,
@@ -193,27 +221,80 @@ class StrategyRun:
     ) -> None:
         began = time.perf_counter()
         self.hooks.begin_round(round_idx)
-        chosen = self.strategy.select(standing.server, round_idx, self.clients_per_round)
-        cohort = self.attendance.cohort(chosen, round_idx)
-        self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
-        self.guard.begin_round(standing.uploads)
-        trained = {client_id: mine[client_id] for client_id in cohort if client_id in mine}
-        updates = trainer.train(round_idx, trained, standing.downlinks)
-        self.life.go_on(self.comm, stopped=trainer.stopped)
+        last = round_idx == self.num_rounds
+        names = self.strategy.final_stages if last else self.strategy.stages
+        if last:
+            cohort = tuple(sorted(client.client_id for client in self.data.clients))
+        else:
+            chosen = self.strategy.select(standing.server, round_idx, self.clients_per_round)
+            cohort = self.attendance.cohort(chosen, round_idx)
+            self.sink(RoundStarted(strategy=self.name, round_idx=round_idx, cohort=cohort))
         before = dict(standing.uploads)
-        standing.server, received = self._aggregate(
-            round_idx, cohort, updates, standing.server, standing.uploads, mine
-        )
-        standing.downlinks.update(received)
+        received: dict[int, SharedTensors] = {}
+        traffic = Traffic()
+        for index, name in enumerate(names):
+            stage = Stage(index, name)
+            new = self._stage(round_idx, stage, cohort, standing, mine, trainer)
+            traffic.add(self.comm)
+            if new is None:
+                break
+            received.update(new)
         accepted = {
             client_id: tensors
             for client_id, tensors in standing.uploads.items()
             if tensors is not before.get(client_id)
         }
-        self._report_round(round_idx, time.perf_counter() - began)
+        self.train_s += time.perf_counter() - began
+        if not last:
+            self._report_round(round_idx, time.perf_counter() - began, traffic)
         standing.train_s = self.train_s
         standing.duration_s = self.duration_s
         self.keeper.round_done(round_idx, standing, received, accepted)
+
+    def _stage(
+        self,
+        round_idx: int,
+        stage: Stage,
+        cohort: Sequence[int],
+        standing: Standing,
+        mine: Mapping[int, ClientRunner],
+        trainer: CohortTrainer,
+    ) -> dict[int, SharedTensors] | None:
+        """One stage; new downlinks of owned clients, or None if too few clients delivered."""
+        first = stage.name == TRAIN
+        if not first:
+            cohort = self.strategy.select_stage(standing.server, stage.name, round_idx, cohort)
+        self.guard.begin_round(standing.uploads if first else {})
+        trained = {client_id: mine[client_id] for client_id in cohort if client_id in mine}
+        updates = trainer.train(round_idx, trained, standing.downlinks, stage)
+        self.life.go_on(self.comm, stopped=trainer.stopped)
+        headers, accepted = self._collect(round_idx, cohort, updates)
+        if first:
+            if not self.guard.has_quorum(round_idx, cohort, headers):
+                return None
+            standing.uploads.update(accepted)
+            relevance = self._relevance(standing.server, headers, mine)
+            standing.server, plan = self.strategy.plan(standing.server, headers, relevance)
+            plan = self.guard.limit_staleness(plan, round_idx)
+        elif headers:
+            standing.server, plan = self.strategy.plan_stage(standing.server, stage.name, headers)
+        else:
+            return {}
+        if first or plan.weights is not None:
+            self._report_plan(round_idx, plan)
+        # Later stages mix what was sent in them; what they deliver adds to the downlinks.
+        mixed: dict[int, Any] = dict(
+            self.comm.execute(plan, standing.uploads if first else accepted)
+        )
+        received = dict(self.hooks.after_aggregation(mixed))
+        if not first:
+            received = {
+                client_id: with_channels(standing.downlinks.get(client_id, {}), tensors)
+                for client_id, tensors in received.items()
+                if tensors
+            }
+        standing.downlinks.update(received)
+        return received
 
     def _sketcher(self, mine: Mapping[int, ClientRunner]) -> SketchEngine | None:
         """Computes sketches: once per rank group, on its leader."""
@@ -228,26 +309,17 @@ class StrategyRun:
             grad_accumulation=self.experiment.optim.grad_accumulation,
         )
 
-    def _aggregate(
-        self,
-        round_idx: int,
-        cohort: Sequence[int],
-        updates: dict[int, ClientUpdate],
-        state: ServerState,
-        uploads: dict[int, SharedTensors],
-        mine: Mapping[int, ClientRunner],
-    ) -> tuple[ServerState, dict[int, SharedTensors]]:
-        """Mixes what was delivered; without a quorum nothing changes."""
+    def _collect(
+        self, round_idx: int, cohort: Sequence[int], updates: dict[int, ClientUpdate]
+    ) -> tuple[tuple[UpdateHeader, ...], dict[int, SharedTensors]]:
+        """All ranks' headers, and the tensors of owned clients that were accepted."""
         shapes = {client_id: UpdateShape.of(update) for client_id, update in updates.items()}
         accepted = self.guard.admit(shapes, self.hooks.before_aggregation(updates))
         everyone = self.comm.exchange_headers([update.header for update in accepted.values()])
         check_headers(everyone, cohort=cohort, round_idx=round_idx)
-        if not self.guard.has_quorum(round_idx, cohort, everyone):
-            return state, {}
-        for client_id, update in accepted.items():
-            uploads[client_id] = update.tensors
-        state, plan = self.strategy.plan(state, everyone, self._relevance(everyone, mine))
-        plan = self.guard.limit_staleness(plan, round_idx)
+        return everyone, {client_id: update.tensors for client_id, update in accepted.items()}
+
+    def _report_plan(self, round_idx: int, plan: MixingPlan) -> None:
         self.sink(
             PlanMade(
                 strategy=self.name,
@@ -256,35 +328,43 @@ class StrategyRun:
                 weights=to_rows(plan.weights),
             )
         )
-        received: dict[int, Any] = dict(self.comm.execute(plan, uploads))
-        return state, dict(self.hooks.after_aggregation(received))
 
     def _relevance(
-        self, headers: Sequence[UpdateHeader], mine: Mapping[int, ClientRunner]
+        self,
+        state: ServerState,
+        headers: Sequence[UpdateHeader],
+        mine: Mapping[int, ClientRunner],
     ) -> Relevance | None:
-        """The similarity that the strategy asks for; sketches stay on their ranks."""
-        if self.strategy.similarity is None or not headers:
+        """The similarity that the strategy asks for, of all clients or of the nearest ones."""
+        kind = self.strategy.similarity
+        if kind is None or not headers:
             return None
         last = {client_id: client.state.sketch for client_id, client in mine.items()}
         held = {client_id: sketch for client_id, sketch in last.items() if sketch is not None}
+        queries = self.strategy.queries(state, headers)
+        if queries is not None:
+            found = self.comm.nearest(kind, held, queries)
+            return Relevance(clients=(), values=torch.zeros(0, 0), neighbours=found)
         fresh = [header.client_id for header in headers]
-        return self.comm.relevance(self.strategy.similarity, held, fresh)
+        return self.comm.relevance(kind, held, fresh)
 
-    def _report_round(self, round_idx: int, duration_s: float) -> None:
-        self.train_s += duration_s
+    def _report_round(self, round_idx: int, duration_s: float, traffic: Traffic) -> None:
         self.sink(
             RoundFinished(
                 strategy=self.name,
                 round_idx=round_idx,
                 duration_s=duration_s,
-                uplink_bytes=dict(self.comm.uplink_bytes),
-                downlink_bytes=dict(self.comm.downlink_bytes),
+                uplink_bytes=traffic.up,
+                downlink_bytes=traffic.down,
             )
         )
 
     def _evaluate(self, round_idx: int, mine: Mapping[int, ClientRunner]) -> None:
-        last = round_idx == self.num_rounds - 1
-        every = self.experiment.evaluation.every
+        last = round_idx == self._num_steps - 1
+        round_idx = min(round_idx, self.num_rounds - 1)
+        # Stages after the last round change what the last round is judged by.
+        between = round_idx < self.num_rounds - 1
+        every = self.experiment.evaluation.every if between else 0
         done = True
         if last or (every and (round_idx + 1) % every == 0):
             done = evaluate_clients(

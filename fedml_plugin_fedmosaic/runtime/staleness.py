@@ -45,9 +45,9 @@ def without_sources(plan: MixingPlan, sources: Collection[int]) -> MixingPlan:
         # Row by row as above; 0 / 0 makes an empty row unknown.
         rest = weights.masked_fill(gone, 0.0)
         weights = rest * (weights.sum(1, keepdim=True) / rest.sum(1, keepdim=True))
-    return replace(
-        plan, rows={channel: rows for channel, rows in channels.items() if rows}, weights=weights
-    )
+    rows = {channel: kept for channel, kept in channels.items() if kept}
+    slots = {slot: channel for slot, channel in plan.slots.items() if slot in rows}
+    return replace(plan, rows=rows, slots=slots, weights=weights)
 
 
 def _row_without(row: MixRow, sources: Collection[int]) -> MixRow | None:

@@ -8,6 +8,7 @@ Layout of ``checkpoints/<strategy>/``::
     downlink-002-round-0003.safetensors  what it received
     upload-002-round-0003.safetensors    its update, where a hook changed it before the mixing
     step-002-round-0004.safetensors      a client that was stopped inside a pass
+    client-002.1-round-0003.safetensors  the same of a later stage of the round
     finished.json                        the strategy is done, with its last evaluation
 
 Rounds are counted from 1 in file names. A client's file is written as soon as the client is done,
@@ -99,8 +100,11 @@ class CheckpointStore:
         self._entries: dict[int, dict[str, Entry]] = {}
         self._fresh: dict[int, dict[str, Entry]] = {}
 
-    def _path(self, kind: str, round_idx: int, client_id: int | None = None) -> Path:
+    def _path(
+        self, kind: str, round_idx: int, client_id: int | None = None, stage: int = 0
+    ) -> Path:
         who = "" if client_id is None else f"-{client_id:03d}"
+        who += f".{stage}" if stage else ""
         return self.folder / f"{kind}{who}-round-{round_idx + 1:04d}{SUFFIX}"
 
     def _save(self, path: Path, tree: Any) -> Entry:
@@ -110,23 +114,28 @@ class CheckpointStore:
             raise write_error(self.folder, error) from error
         return {"file": path.name, "checksum": save_tree(path, tree)}
 
-    def save_client(self, round_idx: int, client_id: int, record: ClientRecord) -> None:
-        """Writes a client that has finished its part of a round.
+    def save_client(
+        self, round_idx: int, client_id: int, record: ClientRecord, stage: int = 0
+    ) -> None:
+        """Writes a client that has finished its part of a stage of a round.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         if self.writes:
-            entry = self._save(self._path("client", round_idx, client_id), client_tree(record))
+            path = self._path("client", round_idx, client_id, stage)
+            entry = self._save(path, client_tree(record))
             self._fresh.setdefault(client_id, {})["client"] = entry
 
-    def finished_client(self, round_idx: int, client_id: int) -> ClientRecord | None:
+    def finished_client(
+        self, round_idx: int, client_id: int, stage: int = 0
+    ) -> ClientRecord | None:
         """A client that an earlier process finished in a round that it did not complete.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = self._path("client", round_idx, client_id)
+        path = self._path("client", round_idx, client_id, stage)
         if not path.exists():
             return None
         record = client_from_tree(load_tree(path))
@@ -135,22 +144,22 @@ class CheckpointStore:
             self._fresh.setdefault(client_id, {})["client"] = entry
         return record
 
-    def save_step(self, round_idx: int, client_id: int, record: StepRecord) -> None:
+    def save_step(self, round_idx: int, client_id: int, record: StepRecord, stage: int = 0) -> None:
         """Writes a client that was stopped inside a pass.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         if self.writes:
-            self._save(self._path("step", round_idx, client_id), step_tree(record))
+            self._save(self._path("step", round_idx, client_id, stage), step_tree(record))
 
-    def stopped_client(self, round_idx: int, client_id: int) -> StepRecord | None:
+    def stopped_client(self, round_idx: int, client_id: int, stage: int = 0) -> StepRecord | None:
         """Where an earlier process stopped a client.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = self._path("step", round_idx, client_id)
+        path = self._path("step", round_idx, client_id, stage)
         return step_from_tree(load_tree(path)) if path.exists() else None
 
     def save_exchange(

@@ -53,7 +53,7 @@ def test_a_fresh_adapter_changes_nothing(kind: str, gate: str) -> None:
     model, batch = build(kind), inputs(kind)
     before = model(**batch).logits
     handle = inject_pq_lora(model, config(gate=gate), NUM_LAYERS, seed=0)
-    for view in View:
+    for view in (View.LOCAL, View.GLOBAL, View.GATED, View.BASE):
         handle.set_view(view)
         assert torch.equal(handle.model(**batch).logits, before)
 
@@ -182,7 +182,7 @@ def test_views_use_their_branches_only() -> None:
     scramble(handle)
     state = handle.collect()
     logits = {}
-    for view in View:
+    for view in (View.LOCAL, View.GLOBAL, View.GATED, View.BASE):
         handle.set_view(view)
         logits[view] = handle.model(**inputs()).logits
     assert torch.equal(logits[View.BASE], plain)
