@@ -1,4 +1,4 @@
-"""``fedmosaic config check|show|schema|reference``."""
+"""``fedmosaic config check|show|schema|reference|paper``."""
 
 from __future__ import annotations
 
@@ -102,3 +102,21 @@ def reference() -> None:
     from fedml_plugin_fedmosaic.config.schema import reference_markdown
 
     click.echo(reference_markdown(), nl=False)
+
+
+@command.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@debug_option
+def paper(*, folder: Path) -> None:
+    """Write the configurations and scenarios of the paper's experiments into a folder.
+
+    They come with the package already; this writes them again, to be changed.
+
+    \b
+    Example:
+      fedmosaic config paper experiments
+    """
+    from fedml_plugin_fedmosaic.runtime.paper_files import write_paper_files
+
+    for path in write_paper_files(folder):
+        click.echo(path)

@@ -66,29 +66,58 @@ def schedule(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
 
 
 @command.command()
-@click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(path_type=Path))
+@click.argument("names", nargs=-1, metavar="[NAME|FILE]...")
 @config_options
 @click.option("--repo", metavar="OWNER/NAME", help="Another data set repository of the hub.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="With NAME: folder for the data; ./NAME by default.",
+)
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="DATASET",
+    help="With NAME: only this data set, e.g. Fashion200K. May be repeated.",
+)
 @debug_option
 def fetch(
-    *, files: tuple[Path, ...], cf: Path | None, overrides: tuple[str, ...], repo: str | None
+    *,
+    names: tuple[str, ...],
+    cf: Path | None,
+    overrides: tuple[str, ...],
+    repo: str | None,
+    root: Path | None,
+    datasets: tuple[str, ...],
 ) -> None:
-    """Download or build the data of configurations, on a machine with internet.
+    """Download or build data, on a machine with internet.
 
-    FILE is a configuration or a sweep file. Published data go into data.root, which compute nodes
-    must see; what is there already is kept.
+    NAME is a published benchmark: drake or hflb, all of its data sets. FILE is a configuration or a
+    sweep file: what it needs goes into its data.root, which compute nodes must see. What is there
+    already is kept, a download that was cut goes on, and archives are compared with the hub's
+    checksums.
 
     \b
     Examples:
       fedmosaic data fetch                              build the bundled quickstart beforehand
+      fedmosaic data fetch drake                        all of DRAKE, into the folder drake
+      fedmosaic data fetch drake --dataset Fashion200K --root /data/drake
       fedmosaic data fetch --cf configs/drake/small.yaml
     """
-    from fedml_plugin_fedmosaic.cli.fetching import experiments_of
+    from fedml_plugin_fedmosaic.cli.fetching import experiments_of, fetch_benchmark
     from fedml_plugin_fedmosaic.core.errors import ConfigError
     from fedml_plugin_fedmosaic.core.registry import SOURCES
 
-    wanted: list[Path | None] = [*files]
-    if cf is not None or not files:
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    benchmarks = [name for name in names if name not in files]
+    if (datasets or root is not None) and not benchmarks:
+        raise ConfigError("--dataset and --root need the NAME of a benchmark: drake or hflb")
+    for name in benchmarks:
+        click.echo(fetch_benchmark(name, root or Path(name), datasets, repo, click.echo))
+    wanted: list[Path | None] = [Path(name) for name in files]
+    if cf is not None or not names:
         wanted.append(cf)
     done = set()
     for experiment in experiments_of(wanted, overrides):
@@ -121,7 +150,7 @@ def build() -> None:
 @click.option("--train", type=click.IntRange(1), default=400, show_default=True)
 @click.option("--test", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--public", type=click.IntRange(0), default=50, show_default=True)
-@click.option("--max-words", type=click.IntRange(1), default=48, show_default=True)
+@click.option("--max-words", type=click.IntRange(1), default=32, show_default=True)
 @debug_option
 def text_tasks(
     *,

@@ -107,6 +107,8 @@ DATASETS = Registry(
     "datasets",
     {
         "drake": f"{_ROOT}.data.drake:load_drake",
+        "folder": f"{_ROOT}.data.drake:load_drake",
+        "hflb": f"{_ROOT}.data.drake:load_drake",
         "quickstart": f"{_ROOT}.data.quickstart:load_quickstart",
         "text": f"{_ROOT}.data.text_tasks:load_text",
     },
@@ -115,6 +117,8 @@ SOURCES = Registry(
     "sources",
     {
         "drake": f"{_ROOT}.data.sources:DrakeSource",
+        "folder": f"{_ROOT}.data.sources:FolderSource",
+        "hflb": f"{_ROOT}.data.sources:HflbSource",
         "quickstart": f"{_ROOT}.data.sources:QuickstartSource",
         "text": f"{_ROOT}.data.text_tasks:TextSource",
     },

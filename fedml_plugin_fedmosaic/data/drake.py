@@ -25,7 +25,12 @@ from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample, TaskSpec
 from fedml_plugin_fedmosaic.data.prompt import IMAGE_MARK
-from fedml_plugin_fedmosaic.data.scenario import DUMMY, ScenarioClient, read_scenario
+from fedml_plugin_fedmosaic.data.scenario import (
+    DUMMY,
+    ScenarioClient,
+    find_scenario,
+    read_scenario,
+)
 
 _MAX_REPORTED = 5
 _OWN_FIELDS = {"id", "conversations", "image"}
@@ -53,7 +58,7 @@ def load_drake(config: DataConfig) -> FederatedData:
             are reported together.
     """
     root = _root_folder(config.root)
-    scenario_path = _scenario_file(root, config.scenario)
+    scenario_path = find_scenario(config.scenario, root)
     clients = read_scenario(scenario_path)
     reader = _Reader(root)
     tasks: dict[str, TaskSpec] = {}
@@ -82,7 +87,7 @@ def open_scenario(config: DataConfig) -> tuple[Path, tuple[ScenarioClient, ...]]
         DataError: the root or the scenario is missing or wrong.
     """
     root = _root_folder(config.root)
-    return root, read_scenario(_scenario_file(root, config.scenario))
+    return root, read_scenario(find_scenario(config.scenario, root))
 
 
 def sample_file(root: Path, task: TaskSpec, split: Split) -> Path:
@@ -132,24 +137,6 @@ def _root_folder(root: str | None) -> Path:
             hint="root is the folder above dataset/, not dataset/ itself",
         )
     return path
-
-
-def _scenario_file(root: Path, scenario: str | None) -> Path:
-    if scenario is None:
-        raise DataError(
-            "the drake data set needs a scenario, but none is set",
-            hint="set data_args: {data: {scenario: FILE.json}}",
-        )
-    name = scenario if scenario.endswith(".json") else f"{scenario}.json"
-    places = [Path(scenario).expanduser(), root / scenario, root / "scenarios" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    known = sorted(path.stem for path in (root / "scenarios").glob("*.json"))
-    raise DataError(
-        f"scenario {scenario!r}: no such file; looked at " + ", ".join(str(p) for p in places),
-        hint=f"known scenarios: {', '.join(known)}" if known else "give the path of a scenario",
-    )
 
 
 def _subset(

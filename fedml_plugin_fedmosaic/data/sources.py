@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
 from fedml_plugin_fedmosaic.config.sections import DataConfig
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.data.base import TaskSpec
 from fedml_plugin_fedmosaic.data.drake import open_scenario, sample_file
-from fedml_plugin_fedmosaic.data.hub import reached
+from fedml_plugin_fedmosaic.data.hub import published_checksum, reached, require_checksum
 from fedml_plugin_fedmosaic.data.quickstart.build import SCENARIO, ensure_built
 from fedml_plugin_fedmosaic.data.scenario import (
     DUMMY,
     ScenarioClient,
+    bundled_scenarios,
     find_scenario,
     read_scenario,
 )
-
-DRAKE_REPOSITORY = "SNUMPR/DRAKE"
-"""The hub's data set repository of the published data: one ``NAME.tar`` per data set."""
 
 
 class DataSource(Protocol):
@@ -85,7 +84,13 @@ class QuickstartSource:
 
 
 class DrakeSource:
-    """Data in the published layout: archives of the hub, unpacked in ``data.root``."""
+    """Data in the published layout: archives of the hub, unpacked in ``data.root``.
+
+    Attributes:
+        repository: the hub's data set repository: one ``NAME.tar`` per data set.
+    """
+
+    repository: str | None = "SNUMPR/DRAKE"
 
     def missing(self, config: DataConfig) -> list[str]:
         """The folder, the scenario, or the sample files of its tasks."""
@@ -118,19 +123,12 @@ class DrakeSource:
         """Downloads and unpacks ``NAME.tar`` of every data set that the scenario lacks.
 
         A data set appears in ``data.root`` as a whole; one that is there is left alone, so that an
-        interrupted command goes on where it was.
+        interrupted command goes on where it was. Every archive is compared with the checksum that
+        the hub gives for it before it is unpacked.
         """
         root, clients = open_scenario(_with_folder(config))
-        source = repository or DRAKE_REPOSITORY
         tasks = [task for client in clients for task in client.tasks if task.dataset != DUMMY]
-        for name in dict.fromkeys(task.dataset for task in tasks):
-            own = [task for task in tasks if task.dataset == name]
-            files = [sample_file(root, task, split) for task in own for split in ("train", "test")]
-            if all(path.is_file() for path in files):
-                say(f"{name}: there already")
-                continue
-            say(f"{name}: fetching {name}.tar of {source}")
-            _fetch_archive(source, name, root)
+        self.fetch_tasks(root, tasks, repository, say)
         missing = self.missing(config)
         if missing:
             rest = f"\n... and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -139,6 +137,70 @@ class DrakeSource:
                 hint="the scenario names subsets that the archives do not hold",
             )
         return root
+
+    def fetch_tasks(
+        self,
+        root: Path,
+        tasks: Sequence[TaskSpec],
+        repository: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Downloads and unpacks the data sets of tasks that are not there.
+
+        Args:
+            root: folder that holds ``dataset/``.
+            tasks: any, each data set with all its subsets.
+            repository: another data set repository on the hub.
+            say: is told what happens.
+
+        Raises:
+            DataError: this source has no repository, or an archive cannot be fetched.
+        """
+        source = repository or self.repository
+        for name in dict.fromkeys(task.dataset for task in tasks):
+            own = [task for task in tasks if task.dataset == name]
+            files = [sample_file(root, task, split) for task in own for split in ("train", "test")]
+            if all(path.is_file() for path in files):
+                say(f"{name}: there already")
+                continue
+            if source is None:
+                raise DataError(
+                    f"data set {name!r} is not there, and no repository of it is known",
+                    hint=f"put its files where they belong, e.g. {files[0]}, or give --repo "
+                    f"OWNER/NAME of a repository with {name}.tar",
+                )
+            say(f"{name}: fetching {name}.tar of {source}")
+            _fetch_archive(source, name, root)
+
+
+class HflbSource(DrakeSource):
+    """The benchmark HFLB, published in the same layout as DRAKE."""
+
+    repository = "SNUMPR/HFLB"
+
+
+class FolderSource(DrakeSource):
+    """Data in the same layout that are not published as archives: you put them there."""
+
+    repository = None
+
+
+def bundled_tasks(source: str) -> tuple[TaskSpec, ...]:
+    """All tasks of the bundled scenarios that one source feeds: those in ``configs/<source>``.
+
+    Args:
+        source: ``drake`` or ``hflb``.
+
+    Returns:
+        Each task once, in the order of the scenarios' names; empty if there is none.
+    """
+    found: dict[str, TaskSpec] = {}
+    for path in bundled_scenarios().values():
+        if path.parent.parent.name != source:
+            continue
+        for client in read_scenario(path):
+            found.update((task.name, task) for task in client.tasks)
+    return tuple(found.values())
 
 
 def _with_folder(config: DataConfig) -> DataConfig:
@@ -152,18 +214,20 @@ def _with_folder(config: DataConfig) -> DataConfig:
 
 
 def _fetch_archive(repository: str, name: str, root: Path) -> None:
-    """Downloads one archive, which the hub's client checks and resumes, and unpacks it."""
+    """Downloads one archive, goes on where an earlier download was cut, checks and unpacks it."""
     from huggingface_hub import hf_hub_download
 
     downloads = root / ".downloads"
-    archive = Path(
-        reached(
-            f"{name}.tar of data set {repository}",
-            lambda: hf_hub_download(
-                repository, f"{name}.tar", repo_type="dataset", local_dir=downloads
-            ),
+    what = f"{name}.tar of data set {repository}"
+
+    def download() -> Path:
+        return Path(
+            hf_hub_download(repository, f"{name}.tar", repo_type="dataset", local_dir=downloads)
         )
-    )
+
+    archive = reached(what, download)
+    checksum = reached(what, lambda: published_checksum(repository, f"{name}.tar", "dataset"))
+    require_checksum(archive, checksum, what)
     part = downloads / f"{name}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:

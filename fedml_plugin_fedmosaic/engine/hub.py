@@ -15,7 +15,7 @@ from typing import Any
 from fedml_plugin_fedmosaic.config.paths import hub_cache
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
-from fedml_plugin_fedmosaic.data.hub import reached
+from fedml_plugin_fedmosaic.data.hub import CHECKSUM, reached, require_checksum
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What a run may need of a model's repository."""
@@ -139,8 +139,8 @@ def fetch_model(hub_id: str) -> Path:
         The folder of the snapshot.
 
     Raises:
-        DataError: the hub cannot be reached, has no such model or does not give it to you, or the
-            repository lacks files that a run needs.
+        DataError: the hub cannot be reached, has no such model or does not give it to you, the
+            repository lacks files that a run needs, or weights differ from their checksums.
     """
     from huggingface_hub import snapshot_download
 
@@ -161,4 +161,24 @@ def fetch_model(hub_id: str) -> Path:
             f"model {hub_id}: its repository lacks {', '.join(missing)}",
             hint="only models with safetensors weights and a tokenizer can be trained",
         )
+    _check_weights(hub_id, folder)
     return folder
+
+
+def _check_weights(hub_id: str, folder: Path) -> None:
+    """Compares weights with their checksums, which are their names in the cache.
+
+    The cache keeps a file under the hub's checksum of it and a link in the snapshot.
+
+    Raises:
+        DataError: a file differs; it is removed, so that the next command fetches it again.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        blob = path.resolve()
+        if blob == path or not CHECKSUM.fullmatch(blob.name):
+            continue  # a copied cache without links
+        try:
+            require_checksum(blob, blob.name, f"{path.name} of model {hub_id}")
+        except DataError:
+            path.unlink()
+            raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fedml_plugin_fedmosaic.config.sections import DataConfig, Experiment, ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError
@@ -99,6 +99,7 @@ class RunEstimate:
         steps: optimizer steps of a client in a round.
         rounds: of the run.
         topology: which ranks train which clients.
+        peak: bytes on the fullest GPU, where the models of all its clients stay loaded.
         round_s: seconds of a round: the longest group.
         tflops: the assumed throughput of one GPU, in 1e12 operations per second.
     """
@@ -109,6 +110,7 @@ class RunEstimate:
     steps: int
     rounds: int
     topology: Topology
+    peak: int
     round_s: float
     tflops: float
 
@@ -121,11 +123,6 @@ class RunEstimate:
     def gpu_hours(self) -> float:
         """Hours times GPUs that the job holds."""
         return self.hours * self.topology.size
-
-    @property
-    def peak(self) -> int:
-        """Bytes on the fullest GPU."""
-        return max(model.memory.total for model in self.models.values())
 
 
 def scenario_clients(experiment: Experiment) -> list[tuple[int, str]] | None:
@@ -175,6 +172,7 @@ def estimate_run(
     parts = _Parts(experiment, shapes, proxy, tflops * 1e12, sample_tokens)
     models = {name: parts.model(name, [m for _, m in found].count(name)) for name in used}
     topology = _topology(experiment, found, models, ranks)
+    owner = dict(found)
     times = {client: models[name].round_s for client, name in found}
     return RunEstimate(
         models=models,
@@ -183,9 +181,26 @@ def estimate_run(
         steps=parts.steps,
         rounds=experiment.train.comm_round,
         topology=topology,
+        peak=max(
+            _group_bytes([models[name] for name in {owner[c] for c in group.clients}])
+            for group in topology.groups
+            if group.clients
+        ),
         round_s=max(sum(times[client] for client in group.clients) for group in topology.groups),
         tflops=tflops,
     )
+
+
+def _group_bytes(models: Sequence[ModelEstimate]) -> int:
+    """Bytes on a GPU that trains clients of these models, one after the other.
+
+    Base models and adapters stay; gradients, moments and activations are those of one client at a
+    time. A proxy that is one of the models is not loaded again.
+    """
+    stays = sum(model.memory.base + model.memory.adapter for model in models)
+    alone = [model.memory for model in models]
+    passing = max(memory.total - memory.base - memory.adapter - memory.proxy for memory in alone)
+    return stays + passing + min(memory.proxy for memory in alone)
 
 
 def _proxy(experiment: Experiment, used: Sequence[str]) -> str | None:
@@ -348,7 +363,7 @@ class _Parts:
 def _variants(ranks: int) -> dict[str, Zero]:
     variants = {"plain": Zero()}
     for stage in (1, 2, 3):
-        variants[f"ZeRO-{stage}"] = Zero(stage=cast(Literal[1, 2, 3], stage), ranks=ranks)
+        variants[f"ZeRO-{stage}"] = Zero(stage=stage, ranks=ranks)
     variants["ZeRO-3 offload"] = Zero(
         stage=3, ranks=ranks, offload_optimizer=True, offload_parameters=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +15,13 @@ from fake_hub import FakeHub, serve_hub
 from tiny_world import write_world
 
 from fedml_plugin_fedmosaic.cli.main import cli
+from fedml_plugin_fedmosaic.config.loader import bundled_config
 from fedml_plugin_fedmosaic.config.paths import hub_cache
+from fedml_plugin_fedmosaic.config.sections import DataConfig
+from fedml_plugin_fedmosaic.core.registry import DATASETS, SOURCES
+from fedml_plugin_fedmosaic.data.base import TaskSpec
+from fedml_plugin_fedmosaic.data.scenario import find_scenario, read_scenario
+from fedml_plugin_fedmosaic.data.sources import bundled_tasks
 from fedml_plugin_fedmosaic.engine.hub import missing_files, snapshot
 
 
@@ -174,6 +180,136 @@ def test_data_are_fetched_once_and_checked(
     assert "task Pets1-0: no file" in lacking.stderr
     assert invoke(*fetch).exit_code == 0
     assert hub.downloads[3:] == ["Pets1.tar"]
+
+
+def data_options(tmp_path: Path, world: Path) -> list[str]:
+    scenario = tmp_path / "scenario.json"
+    shutil.copy(world / "data/scenarios/tiny.json", scenario)
+    root = tmp_path / "shared"
+    return [
+        "--repo",
+        "some/data",
+        "--set",
+        f"data.root={root}",
+        "--set",
+        f"data.scenario={scenario}",
+    ]
+
+
+def test_a_download_that_was_cut_goes_on_where_it_was(
+    cf: Path, hub: FakeHub, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What has not filled a piece is lost; archives are larger than this one.
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    fetch = ["data", "fetch", "--cf", str(cf), *data_options(tmp_path, world)]
+    hub.cut = {"Pets1.tar": 3000}
+    result = invoke(*fetch)
+    for _ in range(3):
+        if result.exit_code == 0:
+            break
+        assert "run the same command again: it goes on where it was" in result.stderr
+        result = invoke(*fetch)
+    assert result.exit_code == 0, result.output
+    starts = [first for name, first in hub.starts if name == "Pets1.tar"]
+    assert starts[0] == 0
+    assert starts[-1] == 3000
+    assert (tmp_path / "shared/dataset/Pets1/train/dataset-0.json").is_file()
+
+
+def test_an_archive_with_another_checksum_is_not_unpacked(
+    cf: Path, hub: FakeHub, world: Path, tmp_path: Path
+) -> None:
+    fetch = ["data", "fetch", "--cf", str(cf), *data_options(tmp_path, world)]
+    hub.torn = {"Pets1.tar"}
+    result = invoke(*fetch)
+    assert result.exit_code == 2
+    assert "Pets1.tar of data set some/data: its checksum is not the published one" in result.stderr
+    assert not (tmp_path / "shared/dataset/Pets1").exists()
+    assert not list((tmp_path / "shared").rglob("Pets1.tar"))
+    hub.torn = set()
+    assert invoke(*fetch).exit_code == 0
+
+
+def test_weights_with_another_checksum_are_fetched_again(cf: Path, hub: FakeHub) -> None:
+    hub.torn = {"model.safetensors"}
+    result = invoke("models", "fetch", "tiny/small")
+    assert result.exit_code == 2
+    assert "model.safetensors of model tiny/small: its checksum" in result.stderr
+    hub.torn = set()
+    assert invoke("models", "fetch", "tiny/small").exit_code == 0
+    assert hub.downloads.count("model.safetensors") == 2
+
+
+def publish(hub: FakeHub, repository: str, tasks: Iterable[TaskSpec]) -> None:
+    """Puts archives of tasks on the hub, with one sample per file."""
+    tasks = list(tasks)
+    folder = hub.root / "datasets" / repository
+    for name in dict.fromkeys(task.dataset for task in tasks):
+        for task in (task for task in tasks if task.dataset == name):
+            for split in ("train", "test"):
+                path = folder / "unpacked" / name / split / f"dataset-{task.subset_id}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                turns = [{"value": "which ?"}, {"value": "this"}]
+                path.write_text(json.dumps([{"conversations": turns}]))
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            archive.add(folder / "unpacked" / name, arcname=name)
+    shutil.rmtree(folder / "unpacked")
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "scenario"),
+    [
+        ("drake", "SNUMPR/DRAKE", "DRAKE_hetero_llava_llama_1B_3B"),
+        ("hflb", "SNUMPR/HFLB", "HFLB_homo_llava_llama_1B"),
+    ],
+)
+def test_a_published_benchmark_is_fetched_by_its_name(
+    cf: Path, hub: FakeHub, tmp_path: Path, name: str, repository: str, scenario: str
+) -> None:
+    publish(hub, repository, bundled_tasks(name))
+    known = {task.dataset for task in bundled_tasks(name)}
+    one = sorted(known)[0]
+    result = invoke("data", "fetch", name, "--dataset", one)
+    assert result.exit_code == 0, result.output
+    assert hub.downloads == [f"{one}.tar"]
+    assert invoke("data", "fetch", name).exit_code == 0
+    assert len(hub.downloads) == len(known)
+    assert {path.name for path in (tmp_path / name / "dataset").iterdir()} == known
+    config = DataConfig(source=name, root=str(tmp_path / name), scenario=scenario)
+    assert SOURCES[name]().missing(config) == []
+    found = DATASETS[name](config)
+    assert len(found.clients) == len(read_scenario(find_scenario(scenario)))
+    # The configuration's own command finds all of it there.
+    settings = ["--set", f"data.root={tmp_path / name}"]
+    file = bundled_config().parent / name / "llama_1B_3B.yaml"
+    again = invoke("data", "fetch", "--cf", str(file), *settings)
+    assert again.exit_code == 0, again.output
+    assert len(hub.downloads) == len(known)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["drake-lite"], "'drake-lite' is no published benchmark and no YAML file"),
+        (["drake", "--dataset", "GQA"], "drake has no data set 'GQA'; it has Fashion200K"),
+        (["--root", "x"], "--dataset and --root need the NAME of a benchmark"),
+    ],
+)
+def test_wrong_names_of_benchmarks(cf: Path, hub: FakeHub, words: list[str], message: str) -> None:
+    result = invoke("data", "fetch", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert hub.downloads == []
+
+
+def test_data_that_are_not_published_are_asked_for(cf: Path, hub: FakeHub, tmp_path: Path) -> None:
+    file = bundled_config().parent / "text/fed_aya.yaml"
+    result = invoke("data", "fetch", "--cf", str(file), "--set", f"data.root={tmp_path / 'aya'}")
+    assert result.exit_code == 2
+    assert (
+        "data set 'Fed-aya_topic' is not there, and no repository of it is known" in result.stderr
+    )
+    assert "dataset/Fed-aya_topic/train/dataset-0.json" in result.stderr
 
 
 def test_a_missing_archive_is_named(cf: Path, hub: FakeHub, world: Path, tmp_path: Path) -> None:

@@ -42,8 +42,15 @@ def test_published_models_are_estimated_without_data_and_weights() -> None:
     # The proxy is the small clients' own model; a rank with a 3B client loads it beside theirs.
     assert found.models[SMALL].memory.proxy == 0
     assert found.models[LARGE].memory.proxy == 2 * found.models[SMALL].shape.parameters
-    assert found.peak == found.models[LARGE].memory.total
     assert found.topology.size == 4
+
+
+def test_the_models_of_all_clients_of_a_rank_stay_loaded() -> None:
+    # Of four ranks each has a large client and at least one a small one beside.
+    small, large = (estimate().models[name].memory for name in (SMALL, LARGE))
+    mixed = large.total - large.proxy + small.base + small.adapter
+    assert estimate().peak == mixed
+    assert estimate(ranks=10).peak == large.total
 
 
 def test_a_round_takes_the_work_of_its_longest_group() -> None:
