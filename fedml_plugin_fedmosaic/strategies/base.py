@@ -45,6 +45,9 @@ ServerState = Mapping[str, Any]
 TRAIN = "train"
 """The stage that every round begins with."""
 
+SERVER = "server"
+"""A stage in which one client per signature acts for the server; what it sends is no uplink."""
+
 
 class ClientHalf(Protocol):
     """What a client does before and after local training; ``context.stage`` names the stage."""
@@ -119,13 +122,21 @@ class Strategy(Protocol):
     """
 
     name: ClassVar[str]
-    adapter: ClassVar[str]
     needs_sketch: ClassVar[bool]
-    needs_held_out: ClassVar[bool]
     needs_public: ClassVar[bool]
     final_views: ClassVar[tuple[str, ...]]
     eval_view: ClassVar[str]
     Options: ClassVar[type]
+
+    @property
+    def adapter(self) -> str:
+        """Registry name of the adapter, with the strategy's options."""
+        ...
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether clients keep samples away from training, with the strategy's options."""
+        ...
 
     @property
     def cost(self) -> Cost:
@@ -238,10 +249,14 @@ class StrategyBase:
     """
 
     needs_sketch: ClassVar[bool] = False
-    needs_held_out: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     eval_view: ClassVar[str] = "local"
     final_views: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs_held_out(self) -> bool:
+        """False."""
+        return False
 
     @property
     def cost(self) -> Cost:
