@@ -254,7 +254,13 @@ def _show(console: Console, folder: Path, experiment: Experiment) -> None:
     manifests = read_alignments(folder)
     print_table(quality_table(manifests), console)
     for line in warnings_of(manifests):
-        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False)
+        console.print(
+            f"warning: {line}",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=not console.is_terminal,
+        )
     page = write_alignment_page(folder)
     click.echo(f"files  {folder}")
     click.echo(f"plots  {page}")

@@ -1,7 +1,8 @@
 """Public samples: texts and images that no client owns, for the alignment of models.
 
 In the published layout they lie beside the clients' splits, as
-``dataset/<name>/public/dataset-<subset>.json``. Any JSON file of samples will do as well.
+``dataset/<name>/public/dataset-<subset>.json``; rows that base models were pretrained with
+(``pretrain``) will do as well, and so will any JSON file of samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.drake import read_file
 
-SPLIT = "public"
+SPLITS = ("public", "pretrain")
+"""Folders of samples that no client owns; the first that there is."""
 _PART = 1 << 16
 
 
@@ -27,7 +29,7 @@ def public_split(root: Path) -> tuple[Sample, ...]:
     Raises:
         DataError: a sample is wrong.
     """
-    return _all_of(root, SPLIT)
+    return next((found for split in SPLITS if (found := _all_of(root, split))), ())
 
 
 def samples_at(path: Path) -> tuple[Sample, ...]:
@@ -42,7 +44,7 @@ def samples_at(path: Path) -> tuple[Sample, ...]:
         DataError: nothing is there, or a sample is wrong.
     """
     if path.is_dir():
-        found = _all_of(path, SPLIT) or _all_of(path, "train")
+        found = public_split(path) or _all_of(path, "train")
         if not found:
             raise DataError(
                 f"public data {str(path)!r}: expected files "

@@ -9,7 +9,6 @@ from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.engine.places import model_folder
 
-_WEIGHTS = (".safetensors", ".gguf")
 _NAMES = (
     "config.json",
     "tokenizer.json",
@@ -38,12 +37,10 @@ def model_fingerprint(name: str, spec: ModelSpec) -> str:
     Raises:
         ConfigError: there is no such model, or a file cannot be read.
     """
-    source = Path(model_folder(name, spec))
-    folder = source if source.is_dir() else source.parent
+    folder = Path(model_folder(name, spec))
     files = [folder / name for name in _NAMES if (folder / name).is_file()]
-    weights = folder.iterdir() if source.is_dir() else [source]
     files += sorted(
-        path for path in weights if path.suffix in _WEIGHTS and not path.name.startswith("align")
+        path for path in folder.glob("*.safetensors") if not path.name.startswith("align")
     )
     digest = hashlib.blake2b(digest_size=16)
     try:

@@ -95,9 +95,9 @@ def quality_table(manifests: Mapping[str, Manifest]) -> SummaryTable:
         "canonical\ncorrelation",
     ]
     notes = [
-        "CKA of the block ends: 1 for a turned copy, 0 for unrelated layers. Residual: squared "
-        "difference of",
-        "both A outputs over the anchor's; 2 for unrelated ones, 0 for equal ones.",
+        "CKA of the block ends: 1 for a turned copy, 0 for unrelated layers.",
+        "Residual: squared difference of both A outputs over the anchor's; 0 if they are equal,",
+        "about 2 if they are unrelated. Explained: share of the variance by the best linear map.",
     ]
     return SummaryTable(columns, rows, notes, num_left=3)
 

@@ -70,15 +70,3 @@ def canonical_lines(blocks: Mapping[str, Mapping[str, Sequence[float]]], *, labe
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
         axes.set_axisbelow(True)
         return to_svg(figure, label)
-
-
-def standalone(svg: str, *, ink: str = "#3c4650", card: str = "#ffffff") -> str:
-    """A figure as a file of its own, with colours that stand on light and dark paper.
-
-    Args:
-        svg: a figure of this package.
-        ink: colour of text and lines.
-        card: colour of separators.
-    """
-    named = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return named.replace("currentColor", ink).replace("var(--card)", card) + "\n"

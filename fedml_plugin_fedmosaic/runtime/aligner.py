@@ -17,6 +17,7 @@ from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
 from fedml_plugin_fedmosaic.core.registry import DATASETS
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.public import public_split, samples_at, samples_digest
+from fedml_plugin_fedmosaic.data.text_tasks import default_root
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.fingerprint import model_fingerprint
 from fedml_plugin_fedmosaic.engine.hub import require_models
@@ -43,6 +44,8 @@ from fedml_plugin_fedmosaic.runtime.alignment_options import AlignOptions, Progr
 
 TRAIN = "train"
 """Stands for the clients' own training samples."""
+_ROWS_PER_TASK = 400
+"""Public samples per task of the bundled quickstart."""
 _PACKAGES = ("fedml_plugin_fedmosaic", "torch", "transformers", "safetensors")
 
 
@@ -80,8 +83,8 @@ def public_data(experiment: Experiment, sources: Sequence[str] = ()) -> PublicDa
         return PublicData(samples=tuple(samples), source=tuple(names))
     if experiment.data.source == "quickstart":
         return PublicData(samples=_quickstart(), source=("quickstart, pretraining images",))
-    root = experiment.data.root
-    samples = [] if root is None else list(public_split(Path(root).expanduser()))
+    root = _data_root(experiment)
+    samples = [] if root is None else list(public_split(root))
     if not samples:
         raise DataError(
             "there are no public samples to align on: expected files "
@@ -90,6 +93,13 @@ def public_data(experiment: Experiment, sources: Sequence[str] = ()) -> PublicDa
             "a simulation can see",
         )
     return PublicData(samples=tuple(samples), source=("public split",))
+
+
+def _data_root(experiment: Experiment) -> Path | None:
+    """Where the data set looks for its files; None if it does not say."""
+    if experiment.data.root is not None:
+        return Path(experiment.data.root).expanduser()
+    return default_root() if experiment.data.source == "text" else None
 
 
 def _training(experiment: Experiment) -> list[Sample]:
@@ -103,7 +113,7 @@ def _quickstart() -> tuple[Sample, ...]:
     from fedml_plugin_fedmosaic.runtime.pretrain import Recipe, pretraining_samples
 
     folder = cache_dir() / "quickstart-public"
-    rows = pretraining_samples(folder, Recipe(rows_per_task=400), seed=0)
+    rows = pretraining_samples(folder, Recipe(rows_per_task=_ROWS_PER_TASK), seed=0)
     return tuple(row for task in rows.values() for row in task)
 
 
@@ -146,8 +156,8 @@ class ModelAligner:
         anchor: str | None = None,
         options: AlignOptions | None = None,
     ) -> None:
-        # A quantised model is the proxy only; nobody trains an adapter on it.
-        specs = {n: s for n, s in experiment.models.items() if s.quantization == "none"}
+        # A model with torchao's weights is the proxy only; nobody trains an adapter on it.
+        specs = {n: s for n, s in experiment.models.items() if s.quantization != "int8"}
         anchor = anchor or experiment.adapter.anchor
         if anchor is not None and anchor not in specs:
             raise ConfigError(
@@ -279,7 +289,7 @@ def _identified(name: str, spec: ModelSpec) -> _Model:
         num_layers=info.num_layers,
         num_parameters=info.num_parameters,
         weights=model_fingerprint(name, spec),
-        dtype=spec.dtype,
+        dtype=spec.dtype if spec.quantization == "none" else f"{spec.dtype}, {spec.quantization}",
     )
     return _Model(name=name, spec=spec, info=info, identity=identity)
 

@@ -22,7 +22,7 @@ from fedml_plugin_fedmosaic.core.errors import AdapterError
 from fedml_plugin_fedmosaic.core.rng import derive_seed, python_random
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
-from fedml_plugin_fedmosaic.engine.observe import ActivationObserver
+from fedml_plugin_fedmosaic.engine.observe import ActivationObserver, Observed
 from fedml_plugin_fedmosaic.equations.alignment import nearest_row_orthonormal
 from fedml_plugin_fedmosaic.equations.blocks import block_end_layers
 from fedml_plugin_fedmosaic.equations.canonical import turned_outputs
@@ -138,6 +138,9 @@ class PairAligner:
         options: how.
         progress: is told how far it is.
 
+    Attributes:
+        model_targets: the model's linears by ``<block>/<module>``.
+
     Raises:
         AdapterError: a model lacks a linear or is too small for the rank or the blocks.
     """
@@ -157,6 +160,7 @@ class PairAligner:
         modules, blocks = adapter.target_modules, adapter.num_blocks
         self._anchor = ActivationObserver(anchor, modules, blocks)
         self._model = ActivationObserver(model, modules, blocks)
+        self.model_targets: Mapping[str, Target] = self._model.targets
         self._keys = tuple(self._anchor.targets)
         self._ends = (
             block_end_layers(anchor.num_layers, blocks),
@@ -180,6 +184,7 @@ class PairAligner:
             DataError: there are too few samples, or one cannot be encoded.
         """
         fit, check = split_samples(samples, self._options)
+        self._pairing.settle(fit)
         options = self._options
         updates = max(1, options.epochs * len(self._batches(fit)) // options.accumulate)
         rate = options.learning_rate or default_rate(updates, self._width)
@@ -236,24 +241,32 @@ class PairAligner:
             unmatched=unmatched_blocks(ends),
         )
 
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Pairs]:
+        """What A is fitted on, batch by batch: inputs ``(k, d_in)`` and targets ``(k, r)``.
+
+        Batches without a matching token are left out.
+        """
+        for batch in self._batches(samples):
+            paired = self._pairing(batch)
+            if len(paired.kept):
+                yield self._pairs(paired)
+
     def moments(
-        self, samples: Sequence[Sample], own_a: Mapping[str, Tensor], stage: str = "B"
+        self, samples: Sequence[Sample], own_a: Mapping[str, Tensor]
     ) -> dict[str, PairMoments]:
         """Moments of the A outputs: x the anchor's ``(n, r)``, y the model's ``(n, r)``.
 
         Args:
             samples: any number; they pass in constant memory.
             own_a: the model's A per ``<block>/<module>``, ``(r, d_in)`` on its device.
-            stage: for the progress.
         """
         moments = {key: PairMoments.empty(self._rank, self._rank) for key in self._keys}
-        batches = self._batches(samples)
-        for number, batch in enumerate(batches):
-            pairs = self._pairs(self._pairing(batch))
+        total = len(self._batches(samples))
+        for done, pairs in enumerate(self.rows(samples)):
             for key, (inputs, targets) in pairs.items():
                 outputs = inputs.float() @ own_a[key].T
                 moments[key] = moments[key].added(targets.cpu(), outputs.cpu())
-            self._progress(stage, number + 1, len(batches))
+            self._progress("B", done + 1, total)
         self._refuse_nothing(next(iter(moments.values())).count)
         return moments
 
@@ -266,11 +279,15 @@ class PairAligner:
         batches = self._batches(samples)
         for number, batch in enumerate(batches):
             paired = self._pairing(batch)
-            for key, (inputs, targets) in self._pairs(paired).items():
+            seen = (
+                self._anchor.observe(paired.anchor, layers=True),
+                self._model.observe(paired.model, layers=True),
+            )
+            for key, (inputs, targets) in self._pairs(paired, seen).items():
                 x, z = inputs.float(), targets.cpu()
                 before[key] = before[key].added(z, (x @ start[key].T).cpu())
                 after[key] = after[key].added(z, (x @ own_a[key].T).cpu())
-            found = self._similarity(paired)
+            found = _similarity(paired, *seen)
             if found is not None:
                 similarity = found if similarity is None else similarity.merged(found)
             self._progress("check", number + 1, len(batches))
@@ -282,29 +299,26 @@ class PairAligner:
             )
         return before, after, similarity
 
-    def _similarity(self, paired: PairedBatch) -> BlockSimilarity | None:
-        """CKA of all layers on one batch, or on evenly spaced rows of a large one."""
-        if len(paired.kept) < 4:
-            return None
-        anchor = self._anchor.observe(paired.anchor, layers=True).layers
-        model = self._model.observe(paired.model, layers=True).layers
-        step = -(-len(paired.kept) // _CKA_ROWS)
-        return BlockSimilarity.of(
-            [paired.anchor_rows(layer)[::step].cpu() for layer in anchor],
-            [paired.model_rows(layer)[::step].cpu() for layer in model],
-        )
-
-    def _pairs(self, paired: PairedBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    def _pairs(
+        self, paired: PairedBatch, seen: tuple[Observed, Observed] | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Per linear: the model's inputs ``(k, d)`` and the anchor's A outputs ``(k, r)``."""
-        seen = self._anchor.observe(paired.anchor).inputs
-        outputs = [seen[key].float() @ self._anchor_a[key].T for key in self._keys]
+        first, second = seen or (
+            self._anchor.observe(paired.anchor),
+            self._model.observe(paired.model),
+        )
+        outputs = [first.inputs[key].float() @ self._anchor_a[key].T for key in self._keys]
         targets = paired.anchor_rows(torch.cat(outputs, dim=-1)).to(self._devices[1])
-        own = self._model.observe(paired.model).inputs
         # Linears with one input share its rows.
-        rows = {id(value): value for value in own.values()}
-        kept = {name: paired.model_rows(value) for name, value in rows.items()}
+        kept = {
+            id(value): paired.model_rows(value)
+            for value in {id(value): value for value in second.inputs.values()}.values()
+        }
         split = torch.split(targets, self._rank, dim=-1)
-        return {key: (kept[id(own[key])], split[place]) for place, key in enumerate(self._keys)}
+        return {
+            key: (kept[id(second.inputs[key])], split[place])
+            for place, key in enumerate(self._keys)
+        }
 
     def _fit_stream(self, samples: Sequence[Sample], wanted: int) -> Iterator[Pairs]:
         """Micro-batches without end; those without a matching token are left out."""
@@ -347,6 +361,17 @@ class PairAligner:
                 "the public samples correspond; expected many",
                 hint="use --positions all, or public samples with longer answers",
             )
+
+
+def _similarity(paired: PairedBatch, anchor: Observed, model: Observed) -> BlockSimilarity | None:
+    """CKA of all layers on one batch, or on evenly spaced rows of a large one."""
+    if len(paired.kept) < 4:
+        return None
+    step = -(-len(paired.kept) // _CKA_ROWS)
+    return BlockSimilarity.of(
+        [paired.anchor_rows(layer)[::step].cpu() for layer in anchor.layers],
+        [paired.model_rows(layer)[::step].cpu() for layer in model.layers],
+    )
 
 
 def _nobody(stage: str, done: int, total: int) -> None:

@@ -25,6 +25,9 @@ from fedml_plugin_fedmosaic.engine.token_text import TokenTexts
 from fedml_plugin_fedmosaic.equations.token_alignment import aligned_positions, pooled_rows
 
 Positions = Literal["auto", "all", "supervised"]
+_LONG_ANSWER = 16
+"""Tokens per sample from which answers alone are enough."""
+_PROBED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,12 @@ class RowPairing:
         anchor: the model whose coordinates the other takes.
         model: the other model.
         positions: ``supervised``: only where the next token belongs to an answer, as published for
-            models with different tokenizers; ``all``: everywhere; ``auto``: as published.
+            models with different tokenizers; ``all``: everywhere, as published for others;
+            ``auto``: as published, unless answers are too short to say anything.
 
     Attributes:
         direct: whether both models see the same tokens.
-        positions: as chosen, never ``auto``.
+        positions: as chosen; ``auto`` stands for ``all`` until :meth:`settle` is called.
     """
 
     def __init__(
@@ -74,10 +78,24 @@ class RowPairing:
     ) -> None:
         self._anchor, self._model = anchor, model
         self.direct = _one_tokenizer(anchor, model)
-        chosen = ("all" if self.direct else "supervised") if positions == "auto" else positions
-        self.positions: Literal["all", "supervised"] = chosen
+        self._is_open = positions == "auto"
+        self.positions: Literal["all", "supervised"] = "all" if positions == "auto" else positions
         self._anchor_texts = TokenTexts(anchor.processor.tokenizer)
         self._model_texts = TokenTexts(model.processor.tokenizer)
+
+    def settle(self, samples: Sequence[Sample]) -> None:
+        """Decides what ``auto`` means for these samples, from the first of them.
+
+        Raises:
+            DataError: a sample cannot be encoded.
+        """
+        if self._is_open and not self.direct and samples:
+            some = samples[:_PROBED]
+            batches = (self._model.processor.encode_train([sample]) for sample in some)
+            tokens = sum(int(_usable(batch, "supervised").sum()) for batch in batches)
+            if tokens >= _LONG_ANSWER * len(some):
+                self.positions = "supervised"
+        self._is_open = False
 
     def __call__(self, samples: Sequence[Sample]) -> PairedBatch:
         """Pairs one batch.

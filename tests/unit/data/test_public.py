@@ -33,6 +33,8 @@ def test_the_public_split_of_a_data_root(tmp_path):
     write(tmp_path / "dataset/Pets/train/dataset-0.json", "a")
     assert public_split(tmp_path) == ()
     assert [s.answer for s in samples_at(tmp_path)] == ["a"]
+    write(tmp_path / "dataset/Pets/pretrain/dataset-0.json", "e")
+    assert [s.answer for s in public_split(tmp_path)] == ["e"]
     write(tmp_path / "dataset/Pets/public/dataset-1.json", "c", "d")
     write(tmp_path / "dataset/Chat/public/dataset-0.json", "b")
     found = public_split(tmp_path)

@@ -114,6 +114,20 @@ def test_supervised_positions_are_those_before_an_answers_tokens(models, direct)
         assert found == ["<|end_header_id|>", *"dogbird"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "name", "chosen"),
+    [
+        ("cat", "letters", "all"),
+        ("cat dog " * 8, "letters", "supervised"),
+        ("cat " * 20, "wide", "all"),
+    ],
+)
+def test_answers_alone_are_compared_if_they_are_long(models, answer, name, chosen):
+    pairing = RowPairing(models["anchor"], models[name])
+    pairing.settle([Sample(sample_id="0", task="t", turns=(LETTERS, answer))])
+    assert pairing.positions == chosen
+
+
 def test_images_are_compared_only_where_they_are_cut_alike(tmp_path):
     samples = image_samples(tmp_path, 2, images=(2, 1))
     small = load(save_llava(tmp_path / "s", hidden=16, layers=2), "s")
