@@ -106,3 +106,15 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             va="center",
             annotation_clip=False,
         )
+
+
+def standalone(svg: str, *, ink: str = "#3c4650", card: str = "#ffffff") -> str:
+    """A figure as a file of its own, with colours that stand on light and dark paper.
+
+    Args:
+        svg: a figure of this package.
+        ink: colour of text and lines.
+        card: colour of separators.
+    """
+    named = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return named.replace("currentColor", ink).replace("var(--card)", card) + "\n"
