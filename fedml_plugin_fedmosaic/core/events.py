@@ -77,6 +77,18 @@ class ClientProbed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClientReported(Event):
+    """What a strategy says about one client in a round: ``report`` of its header's notes.
+
+    Entries of ``values`` with ``replaced`` say what was compared and replaced.
+    """
+
+    round_idx: int
+    client_id: int
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientDropped(Event):
     """A client of the cohort did not deliver; it goes on from its state before the round.
 
@@ -176,6 +188,7 @@ _LASTING: Mapping[str, type[Event]] = {
         RoundStarted,
         ClientTrained,
         ClientProbed,
+        ClientReported,
         ClientDropped,
         RoundSkipped,
         PlanMade,

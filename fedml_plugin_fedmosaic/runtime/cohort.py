@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 from fedml_plugin_fedmosaic.core.events import (
     ClientProbed,
+    ClientReported,
     ClientTrained,
     EventSink,
     StepsDone,
     from_record,
     to_record,
 )
-from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors
+from fedml_plugin_fedmosaic.core.types import ClientUpdate, SharedTensors, UpdateHeader
 from fedml_plugin_fedmosaic.core.work import (
     LocalResult,
     Pass,
@@ -167,11 +168,24 @@ class CohortTrainer:
             client.sketch(self._sketcher, round_idx)
         attempt.stage = "finish"
         update = client.finish(round_idx, stage.name)
+        self._report(update.header, recorder)
         shape = UpdateShape.of(update)
         update = self._hooks.after_local_training(update)
         attempt.stage = "update"
         self._guard.check(shape, update)
         return update
+
+    def _report(self, header: UpdateHeader, recorder: Recorder) -> None:
+        """What the strategy wants to have in the run's metrics."""
+        if header.notes.get("report"):
+            recorder(
+                ClientReported(
+                    strategy=self._strategy,
+                    round_idx=header.round_idx,
+                    client_id=header.client_id,
+                    values=header.notes["report"],
+                )
+            )
 
     def _turn(
         self,

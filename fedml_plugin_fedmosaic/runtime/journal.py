@@ -26,6 +26,7 @@ _PHASES = {
     "RoundStarted": 0,
     "ClientTrained": 1,
     "ClientProbed": 1,
+    "ClientReported": 1,
     "ClientDropped": 1,
     "RoundSkipped": 2,
     "PlanMade": 3,
