@@ -16,8 +16,11 @@ from fedml_plugin_fedmosaic.cli.options import debug_option
     "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write."
 )
 @click.option("--strategy", metavar="NAME", help="Strategy of the run; the main one by default.")
+@click.option("--task", metavar="NAME", help="Task, for strategies with a model per task.")
 @debug_option
-def command(*, run_dir: Path, client: int, out: Path, strategy: str | None) -> None:
+def command(
+    *, run_dir: Path, client: int, out: Path, strategy: str | None, task: str | None
+) -> None:
     """Write a client's personal model as a plain LoRA adapter that stock PEFT loads.
 
     \b
@@ -27,4 +30,4 @@ def command(*, run_dir: Path, client: int, out: Path, strategy: str | None) -> N
     """
     from fedml_plugin_fedmosaic.runtime.export import export_client
 
-    click.echo(export_client(run_dir, client, out, strategy=strategy))
+    click.echo(export_client(run_dir, client, out, strategy=strategy, task=task))

@@ -37,6 +37,7 @@ from fedml_plugin_fedmosaic.equations.tap import (
     shared_is_replaced,
 )
 from fedml_plugin_fedmosaic.strategies.base import ClientBase
+from fedml_plugin_fedmosaic.strategies.common import copy_local_to_global
 from fedml_plugin_fedmosaic.strategies.tap_memory import (
     MEMORY,
     adopted,
@@ -112,7 +113,7 @@ class TapClient(ClientBase):
         }
         return ClientState(
             client_id=context.manifest.client_id,
-            adapter=dict(adapter),
+            adapter=copy_local_to_global(adapter),
             sets={**federated, **edition_of(federated, FEDERATED, PERSONAL)},
             extra={MEMORY: {"keys": keys, "losses": {}, "log": {}}},
         )
