@@ -1,0 +1,95 @@
+"""Distillation terms and probes that are meant for single tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_text_model, text_samples
+
+from fedml_plugin_fedmosaic.config.sections import (
+    AdapterConfig,
+    EvalConfig,
+    ModelSpec,
+    OptimConfig,
+)
+from fedml_plugin_fedmosaic.core.types import Branch, View
+from fedml_plugin_fedmosaic.core.work import Distillation, ModelRef, Pass, Probe
+from fedml_plugin_fedmosaic.engine.models import load_model
+from fedml_plugin_fedmosaic.engine.torch import TorchEngine
+from fedml_plugin_fedmosaic.runtime.worktree import work_from_tree, work_tree
+
+FIRST, SECOND = text_samples(4, "words-0"), text_samples(4, "words-1")
+TEACHER = ModelRef(overlay=("t",), view=View.GLOBAL)
+TERM = Distillation(weight=2.0, temperature=2.0, teachers=(TEACHER,), tasks=("words-0",))
+PASS = Pass(name="p", view=View.LOCAL, train=frozenset({Branch.LOCAL}), num_steps=1)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = save_text_model(tmp_path_factory.mktemp("text"), "llama", hidden=16, layers=2)
+    bundle = load_model("tiny", ModelSpec(path=str(folder)), torch.device("cpu"))
+    made = TorchEngine(
+        bundle,
+        AdapterConfig(rank=2, alpha=4.0, num_blocks=2, target_modules=("q_proj", "v_proj")),
+        "dual_lora",
+        OptimConfig(learning_rate=1e-2, batch_size=4),
+        EvalConfig(batch_size=8),
+        0,
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def start(engine: TorchEngine) -> dict[Any, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        key: 0.3 * torch.randn(value.shape, generator=generator)
+        for key, value in engine.initial_adapter().items()
+    }
+
+
+def loss(engine: TorchEngine, start: Any, batch: Any, *terms: Distillation) -> float:
+    """Of one step; the teacher is the global branch turned round."""
+    sets = {"t": {k: -v for k, v in start.items() if k.branch is Branch.GLOBAL}}
+    (value,) = engine.fit(replace(PASS, distil=terms), start, [batch], seed=0, sets=sets).losses
+    return value
+
+
+def test_a_term_is_for_samples_of_its_tasks(engine: TorchEngine, start: Any) -> None:
+    everywhere = replace(TERM, tasks=())
+    task = {batch: loss(engine, start, batch) for batch in (FIRST, SECOND)}
+    full = {batch: loss(engine, start, batch, everywhere) for batch in (FIRST, SECOND)}
+    assert full[FIRST] > task[FIRST] + 1e-3
+    assert full[SECOND] > task[SECOND] + 1e-3
+    assert loss(engine, start, FIRST, TERM) == pytest.approx(full[FIRST], rel=1e-6)
+    assert loss(engine, start, SECOND, TERM) == pytest.approx(task[SECOND], rel=1e-6)
+    # Mixed, in any order: every sample has its own terms, and the step is the mean over all.
+    mixed = [*SECOND[:2], *FIRST, *SECOND[2:]]
+    expected = (full[FIRST] + task[SECOND]) / 2
+    assert loss(engine, start, mixed, TERM) == pytest.approx(expected, rel=1e-5)
+    two = (TERM, replace(everywhere, weight=4.0, tasks=("words-1",)))
+    expected = (full[FIRST] + 2 * full[SECOND] - task[SECOND]) / 2
+    assert loss(engine, start, mixed, *two) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_probe_shows_a_model_its_tasks_only(engine: TorchEngine, start: Any) -> None:
+    models = {"own": ModelRef(), "all": ModelRef()}
+    probe = Probe(name="look", models=models, tasks={"own": ("words-1",)})
+    seen = engine.probe(probe, start, {}, [*FIRST, *SECOND])
+    assert set(seen.losses["own"]) == {"words-1"}
+    assert set(seen.losses["all"]) == {"words-0", "words-1"}
+    assert seen.losses["own"]["words-1"] == pytest.approx(seen.losses["all"]["words-1"], rel=1e-5)
+    assert seen.counts == {"words-0": 4, "words-1": 4}
+    alone = engine.probe(replace(probe, models={"all": ModelRef()}), start, {}, [*FIRST, *SECOND])
+    assert alone.flops < seen.flops < 2 * alone.flops
+
+
+def test_tasks_survive_a_checkpoint() -> None:
+    work = replace(PASS, distil=(TERM,))
+    assert work_from_tree(work_tree(work)) == work
+    probe = Probe(name="look", models={"own": TEACHER}, tasks={"own": ("words-1", "words-0")})
+    assert work_from_tree(work_tree(probe)) == probe
