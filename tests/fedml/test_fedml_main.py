@@ -244,7 +244,7 @@ def test_the_algorithm_flow_route_gives_the_same_numbers(programs):
         (
             "typo",
             "Exception",
-            "'FedMosiac' is neither FedML's nor this plugin's (fedm",
+            "'FedMosiac' is neither FedML's nor this plugin's (ditto",
         ),
         ("cross_silo", "IntegrationError", "'cross_silo' is not supported yet; use simulation"),
         ("cross_silo_init", "IntegrationError", "use simulation"),
