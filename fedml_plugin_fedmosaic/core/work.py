@@ -161,6 +161,16 @@ class Pass:
         return (own, *self.also)
 
     @property
+    def set_names(self) -> frozenset[str]:
+        """The sets that it needs, beside those laid over the adapter before it begins."""
+        names = set(self.route.values())
+        for item in self.objectives:
+            names.update(item.overlay, (term.anchor for term in item.proximal))
+            for term in item.distil:
+                names.update(name for teacher in term.teachers for name in teacher.overlay)
+        return frozenset(names)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is task loss on one view and nothing else, which every engine can train."""
         return (
@@ -193,6 +203,11 @@ class Probe:
     salt: str = ""
     what: Literal["loss", "logits", "hidden"] = "loss"
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def set_names(self) -> frozenset[str]:
+        """The sets that its models need."""
+        return frozenset(name for model in self.models.values() for name in model.overlay)
 
 
 Work = Pass | Probe

@@ -249,7 +249,8 @@ class ClientRunner:
         else:
             drawn = self._drawn(probe, round_idx, len(self._batches))
             samples = list({item.key: item for batch in drawn for item in batch}.values())
-        return self.engine.probe(probe, self.state.adapter, self.state.sets, samples[: probe.limit])
+        sets = _named(self.state, probe)
+        return self.engine.probe(probe, self.state.adapter, sets, samples[: probe.limit])
 
     def fit(
         self,
@@ -281,7 +282,7 @@ class ClientRunner:
             moments=state.moments if own else None,
             progress=progress,
             should_stop=should_stop,
-            sets=state.sets,
+            sets=_named(state, pass_),
             tensors=state.tensors,
         )
         sets = {**state.sets, **result.sets}
@@ -396,6 +397,12 @@ def build_clients(
             held_out=held_out,
         )
     return runners
+
+
+def _named(state: ClientState, work: Work) -> dict[str, AdapterState]:
+    """The sets that a piece of work names; the engine copies each to the model's device."""
+    names = work.set_names
+    return {name: tensors for name, tensors in state.sets.items() if name in names}
 
 
 def laid_over(state: ClientState, overlay: Sequence[str]) -> AdapterState:

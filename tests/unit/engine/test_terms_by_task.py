@@ -16,7 +16,14 @@ from fedml_plugin_fedmosaic.config.sections import (
     OptimConfig,
 )
 from fedml_plugin_fedmosaic.core.types import Branch, View
-from fedml_plugin_fedmosaic.core.work import Distillation, ModelRef, Pass, Probe
+from fedml_plugin_fedmosaic.core.work import (
+    Distillation,
+    ModelRef,
+    Objective,
+    Pass,
+    Probe,
+    Proximal,
+)
 from fedml_plugin_fedmosaic.engine.models import load_model
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.runtime.worktree import work_from_tree, work_tree
@@ -86,6 +93,22 @@ def test_a_probe_shows_a_model_its_tasks_only(engine: TorchEngine, start: Any) -
     assert seen.counts == {"words-0": 4, "words-1": 4}
     alone = engine.probe(replace(probe, models={"all": ModelRef()}), start, {}, [*FIRST, *SECOND])
     assert alone.flops < seen.flops < 2 * alone.flops
+
+
+def test_work_names_the_sets_that_the_engine_must_have() -> None:
+    other = Objective(
+        view=View.GLOBAL,
+        train=frozenset({Branch.GLOBAL}),
+        overlay=("o",),
+        proximal=(Proximal(weight=1.0, anchor="a"),),
+    )
+    work = replace(
+        PASS, overlay=("x",), into="x", route={"words-0": "r"}, distil=(TERM,), also=(other,)
+    )
+    # What is laid over the adapter before the pass begins is in the adapter already.
+    assert work.set_names == {"o", "a", "r", "t"}
+    probe = Probe(name="look", models={"m": TEACHER, "n": ModelRef(overlay=("x", "y"))})
+    assert probe.set_names == {"t", "x", "y"}
 
 
 def test_tasks_survive_a_checkpoint() -> None:
