@@ -26,7 +26,15 @@ _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 @cache
 def field_docs(cls: type) -> Mapping[str, str]:
-    """Field name -> the text under the field in the class's source."""
+    """Field name -> the text under the field in the source of the class or of one it extends."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     docs: dict[str, str] = {}

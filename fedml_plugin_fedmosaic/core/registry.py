@@ -90,9 +90,16 @@ class Registry(Mapping[str, Any]):
 STRATEGIES = Registry(
     "strategies",
     {
+        "factorized": f"{_ROOT}.strategies.factorized:Factorized",
         "fedavg": f"{_ROOT}.strategies.fedavg:FedAvg",
         "fedmosaic": f"{_ROOT}.strategies.fedmosaic:FedMosaic",
+        "fesem": f"{_ROOT}.strategies.fesem:FeSEM",
+        "ifca": f"{_ROOT}.strategies.ifca:IFCA",
+        "knn_fedavg": f"{_ROOT}.strategies.knn_per:KnnFedAvg",
+        "knn_fedmosaic": f"{_ROOT}.strategies.knn_per:KnnFedMosaic",
         "local": f"{_ROOT}.strategies.local:Local",
+        "per_fedavg": f"{_ROOT}.strategies.per_fedavg:PerFedAvg",
+        "pfedla": f"{_ROOT}.strategies.pfedla:PFedLA",
     },
 )
 ADAPTERS = Registry(

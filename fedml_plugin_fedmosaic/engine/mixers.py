@@ -20,7 +20,7 @@ from fedml_plugin_fedmosaic.core.registry import Registry
 from fedml_plugin_fedmosaic.core.types import View
 from fedml_plugin_fedmosaic.engine.processor import Processor
 
-MIXERS = Registry("mixers", {})
+MIXERS = Registry("mixers", {"knn": "fedml_plugin_fedmosaic.engine.knn:mix_neighbours"})
 
 ModelMixer = Callable[[Any, Processor], Any]
 

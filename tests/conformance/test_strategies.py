@@ -18,17 +18,22 @@ from toy_federation import (
     toy_manifest,
     toy_sketch,
 )
+from toy_work import do_turns, toy_header
 
+from fedml_plugin_fedmosaic.comm.codec import Layout
+from fedml_plugin_fedmosaic.comm.exchange import split_channels
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.registry import ADAPTERS, STRATEGIES
 from fedml_plugin_fedmosaic.core.types import (
     Branch,
     ClientContext,
     MixingPlan,
+    MixRow,
     Part,
     UpdateHeader,
     View,
 )
+from fedml_plugin_fedmosaic.core.work import Pass, Samples
 
 MIXED = ("S", "M", "S", "M", "S", "X")
 
@@ -69,15 +74,33 @@ def plain(tree: Any) -> Any:
 
 
 def headers_of(strategy: Any, clients: list[int], round_idx: int = 0) -> list[UpdateHeader]:
-    return [
-        UpdateHeader(
+    """Headers of clients of ``MIXED`` that train for the first time, with their notes."""
+    headers = []
+    for client in clients:
+        architecture = MIXED[client]
+        manifest = toy_manifest(client, architecture, strategy.adapter)
+        context = context_of(manifest, round_idx)
+        header = UpdateHeader(
             client_id=client,
             round_idx=round_idx,
             num_examples=5 + client,
             sketch=toy_sketch(client, round_idx) if strategy.needs_sketch else None,
         )
-        for client in clients
-    ]
+        half = strategy.client
+        state = half.init_state(toy_adapter(architecture, strategy.adapter), context)
+        headers.append(toy_header(half, state, context, header))
+    return headers
+
+
+def context_of(manifest: Any, round_idx: int = 0, num_steps: int = 5) -> ClientContext:
+    return ClientContext(
+        manifest=manifest,
+        round_idx=round_idx,
+        num_rounds=4,
+        num_steps=num_steps,
+        seed=0,
+        public_steps=2,
+    )
 
 
 def rows_of(plan: MixingPlan) -> dict[tuple[str, int], dict[int, float]]:
@@ -92,7 +115,7 @@ def test_declares_what_the_runtime_reads(strategy: Any) -> None:
     assert STRATEGIES[strategy.name] is type(strategy)
     assert strategy.adapter in ADAPTERS
     assert 0 < strategy.cost.share <= 1
-    assert View(strategy.eval_view) in View
+    assert strategy.eval_view not in strategy.final_views
 
 
 def test_unknown_option_is_refused(strategy: Any) -> None:
@@ -160,8 +183,9 @@ def test_plans_are_well_formed(strategy: Any, per_round: int) -> None:
     toy = ToyFederation(strategy, MIXED, per_round=per_round)
     for _ in range(4):
         toy.play()
-        for channel, rows in toy.plan.rows.items():
-            assert rows, "a channel without rows is left out"
+        for slot, rows in toy.plan.rows.items():
+            channel = toy.plan.channel(slot)
+            assert rows, "a slot without rows is left out"
             assert len({row.target for row in rows}) == len(rows)
             for row in rows:
                 assert list(row.sources) == sorted(set(row.sources))
@@ -170,8 +194,17 @@ def test_plans_are_well_formed(strategy: Any, per_round: int) -> None:
                 )
                 assert math.isclose(sum(row.weights), 1.0, abs_tol=1e-12)
                 assert all(weight > 0 for weight in row.weights)
-                layouts = {toy.manifests[c].layouts[channel] for c in (row.target, *row.sources)}
+                layouts = layouts_in(toy.uploads, toy.plan.channel(slot), row)
                 assert len(layouts) == 1
+
+
+def layouts_in(uploads: Mapping[int, Any], channel: str, row: MixRow) -> set[str]:
+    """Layouts of what a row's clients have sent in a channel."""
+    return {
+        Layout.of(part).digest
+        for client in (row.target, *row.sources)
+        if (part := split_channels(uploads.get(client, {})).get(channel))
+    }
 
 
 def test_plan_follows_a_renaming_of_the_clients(strategy: Any) -> None:
@@ -241,35 +274,35 @@ def test_single_client_of_its_signature_keeps_training(strategy: Any) -> None:
 
 def test_round_zero_starts_from_the_own_adapter(strategy: Any) -> None:
     adapter = toy_adapter("M", strategy.adapter)
-    context = ClientContext(
-        manifest=toy_manifest(0, "M", strategy.adapter),
-        round_idx=0,
-        num_rounds=4,
-        num_steps=17,
-        seed=0,
-    )
+    context = context_of(toy_manifest(0, "M", strategy.adapter), num_steps=17)
     state = strategy.client.init_state(adapter, context)
     assert state.participations == 0
-    prepared, passes = strategy.client.prepare({}, state, context)
+    prepared, _ = strategy.client.prepare({}, state, context)
     assert set(prepared.adapter) == set(adapter)
-    assert sum(pass_.num_steps for pass_ in passes) == 17
+    _, _, works = do_turns(strategy.client, {}, state, context)
+    passes = [work for work in works if isinstance(work, Pass) and work.samples is Samples.ROUND]
+    assert max(pass_.first_step + pass_.num_steps for pass_ in passes) == 17
     for key, tensor in prepared.adapter.items():
         twin = replace(key, branch=Branch.LOCAL) if key.branch is Branch.GLOBAL else key
-        assert torch.equal(tensor, adapter[twin])
+        assert torch.equal(tensor, adapter[key]) or torch.equal(tensor, adapter[twin])
 
 
-def test_only_local_tensors_travel(strategy: Any) -> None:
+def test_what_travels_is_what_was_trained(strategy: Any) -> None:
     toy = ToyFederation(strategy, MIXED).play(1)
     for client, upload in toy.uploads.items():
-        known = {
-            key.share_key: tensor
-            for key, tensor in toy.clients[client].adapter.items()
-            if key.branch is Branch.LOCAL and key.part is not Part.GATE
-        }
-        assert set(upload) <= set(known)
+        state = toy.clients[client]
+        # By what follows the channel, which a strategy may name as it likes.
+        known: dict[str, list[torch.Tensor]] = {}
+        for tensors in (state.adapter, *state.sets.values()):
+            for key, tensor in tensors.items():
+                if key.branch is not Branch.SHARED:
+                    known.setdefault(key.share_key.partition("/")[2], []).append(tensor)
         for name, tensor in upload.items():
             assert tensor.dtype == torch.float32
-            assert torch.equal(tensor, known[name])
+            assert not name.endswith(f"/{Part.GATE}")
+            own = known.get(name.partition("/")[2])
+            # Logits of public samples are no tensors of the adapter.
+            assert own is None or any(torch.equal(tensor, candidate) for candidate in own)
 
 
 def test_unknown_downlink_key_is_refused(strategy: Any) -> None:
@@ -293,3 +326,14 @@ def test_repeated_or_missing_clients_are_refused(strategy: Any) -> None:
         strategy.init([manifest, manifest], seed=0)
     with pytest.raises(PlanError, match="at least one"):
         strategy.init([], seed=0)
+
+
+def test_final_stages_reach_every_client_and_every_task_is_served(strategy: Any) -> None:
+    toy = ToyFederation(strategy, MIXED, per_round=2).play(2)
+    toy.finalise()
+    for view in (strategy.eval_view, *strategy.final_views):
+        for client, state in toy.clients.items():
+            for task in (*toy.manifests[client].tasks, "another-1"):
+                served = strategy.client.serve(view, task, state)
+                assert set(served.model.overlay) <= set(state.sets)
+                assert served.model.view in View

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from toy_work import do_turns, merged
 
 from fedml_plugin_fedmosaic.comm.codec import Layout
 from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
@@ -25,7 +26,6 @@ from fedml_plugin_fedmosaic.core.types import (
     UpdateHeader,
     channel_of,
 )
-from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
 
 RANK = 3
 MODULE = "q_proj"
@@ -51,7 +51,8 @@ def toy_adapter(architecture: str, kind: str, seed: int = 0) -> dict[AdapterKey,
     for layer in range(layers):
         block = 0 if layer <= ends[0] else 1
         is_pq = kind == "pq_lora" and layer in ends
-        branches = {"lora": (Branch.LOCAL,), "pq_lora": (Branch.SHARED,) if is_pq else both}[kind]
+        pq_branches = (Branch.SHARED,) if is_pq else both
+        branches = {"lora": (Branch.LOCAL,), "dual_lora": both, "pq_lora": pq_branches}[kind]
         for branch in branches:
             add(block, layer, branch, Part.A, RANK, hidden)
             add(block, layer, branch, Part.B, hidden, RANK)
@@ -81,6 +82,9 @@ def toy_manifest(client_id: int, architecture: str, kind: str) -> ClientManifest
         num_examples=10 + client_id,
         tasks=("toy-0",),
         layouts=layouts,
+        vocabulary="toy words",
+        task_examples={"toy-0": 10 + client_id},
+        modalities={"toy-0": "text"},
     )
 
 
@@ -98,9 +102,25 @@ def plan_with_sketches(
     if strategy.similarity is None:
         return strategy.plan(state, headers)
     held.update({header.client_id: header.sketch for header in headers})
-    fresh = {header.client_id for header in headers}
-    relevance = LocalCommunicator().relevance(strategy.similarity, held, fresh)
+    relevance = relevance_of(LocalCommunicator(), strategy, state, headers, held)
     return strategy.plan(state, headers, relevance)
+
+
+def relevance_of(
+    comm: LocalCommunicator,
+    strategy: Any,
+    state: Any,
+    headers: Sequence[UpdateHeader],
+    held: Mapping[int, Tensor],
+) -> Relevance | None:
+    """The similarity that a strategy asks for, as the runtime has it computed."""
+    if strategy.similarity is None or not headers:
+        return None
+    queries = strategy.queries(state, headers)
+    if queries is not None:
+        found = comm.nearest(strategy.similarity, held, queries)
+        return Relevance(clients=(), values=torch.zeros(0, 0), neighbours=found)
+    return comm.relevance(strategy.similarity, held, [header.client_id for header in headers])
 
 
 @dataclass
@@ -121,6 +141,7 @@ class ToyFederation:
     rounds: int = 0
     downlinks: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     uploads: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    stage_uploads: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     sketches: dict[int, Tensor] = field(default_factory=dict)
     plan: MixingPlan = field(default_factory=MixingPlan)
     headers: tuple[UpdateHeader, ...] = ()
@@ -139,9 +160,15 @@ class ToyFederation:
         }
         self.comm = LocalCommunicator()
 
-    def context(self, manifest: ClientManifest) -> ClientContext:
+    def context(self, manifest: ClientManifest, stage: str = "train") -> ClientContext:
         return ClientContext(
-            manifest=manifest, round_idx=self.rounds, num_rounds=9, num_steps=5, seed=self.seed
+            manifest=manifest,
+            round_idx=self.rounds,
+            num_rounds=9,
+            num_steps=5,
+            seed=self.seed,
+            stage=stage,
+            public_steps=2,
         )
 
     def play(self, rounds: int = 1) -> ToyFederation:
@@ -153,46 +180,48 @@ class ToyFederation:
             relevance = self.relevance(self.headers)
             self.state, self.plan = self.strategy.plan(self.state, self.headers, relevance)
             self.downlinks.update(self.comm.execute(self.plan, self.uploads))
+            for stage in self.strategy.stages[1:]:
+                self.play_stage(stage, cohort)
             self.rounds += 1
         return self
 
-    def relevance(self, headers: Sequence[UpdateHeader]) -> Relevance | None:
-        kind = self.strategy.similarity
-        fresh = [header.client_id for header in headers]
-        return None if kind is None else self.comm.relevance(kind, self.sketches, fresh)
+    def finalise(self) -> ToyFederation:
+        """The stages after the last round, for everyone."""
+        for stage in self.strategy.final_stages:
+            self.play_stage(stage, sorted(self.clients))
+        return self
 
-    def train(self, client: int) -> UpdateHeader:
-        context = self.context(self.manifests[client])
+    def play_stage(self, stage: str, cohort: Sequence[int]) -> MixingPlan:
+        """A later stage: what it mixes was sent in it, what it delivers adds to the downlinks."""
+        chosen = self.strategy.select_stage(self.state, stage, self.rounds, tuple(cohort))
+        headers = self.comm.exchange_headers([self.train(client, stage) for client in chosen])
+        self.state, plan = self.strategy.plan_stage(self.state, stage, headers)
+        sent = {client: self.stage_uploads[client] for client in chosen}
+        for client, tensors in self.comm.execute(plan, sent).items():
+            if tensors:
+                self.downlinks[client] = merged(self.downlinks.get(client, {}), tensors)
+        return plan
+
+    def relevance(self, headers: Sequence[UpdateHeader]) -> Relevance | None:
+        return relevance_of(self.comm, self.strategy, self.state, headers, self.sketches)
+
+    def train(self, client: int, stage: str = "train") -> UpdateHeader:
+        context = self.context(self.manifests[client], stage)
         half = self.strategy.client
-        state, passes = half.prepare(self.downlinks.get(client, {}), self.clients[client], context)
-        for pass_ in passes:
-            result = self._fit(pass_, state)
-            state = replace(state, adapter=result.adapter)
-        sketch = toy_sketch(client, self.rounds) if self.strategy.needs_sketch else None
-        if sketch is not None:
-            self.sketches[client] = sketch
+        state, result, _ = do_turns(
+            half, self.downlinks.get(client, {}), self.clients[client], context
+        )
+        first = stage == "train"
+        sketch = toy_sketch(client, self.rounds) if self.strategy.needs_sketch and first else None
         header = UpdateHeader(
             client_id=client, round_idx=self.rounds, num_examples=20 + client, sketch=sketch
         )
-        update, self.clients[client] = half.finish(result, state, context, header)
-        self.uploads[client] = update.tensors
+        update, state = half.finish(result, state, context, header)
+        if update.header.sketch is not None:
+            self.sketches[client] = update.header.sketch
+        self.clients[client] = replace(state, participations=state.participations + first)
+        (self.uploads if first else self.stage_uploads)[client] = update.tensors
         return update.header
-
-    def _fit(self, pass_: Pass, state: ClientState) -> LocalResult:
-        generator = torch_generator(self.seed, "fit", state.client_id, self.rounds, pass_.name)
-        adapter = {
-            key: tensor + torch.randn(tensor.shape, generator=generator)
-            if key.branch in pass_.train
-            else tensor.clone()
-            for key, tensor in sorted(state.adapter.items())
-        }
-        return LocalResult(
-            adapter=adapter,
-            losses=(1.0,) * pass_.num_steps,
-            num_examples=20,
-            num_tokens=40,
-            duration_s=0.1,
-        )
 
 
 def random_uploads(num_clients: int, seed: int = 0) -> dict[int, dict[str, Tensor]]:
