@@ -1,4 +1,4 @@
-"""``fedmosaic data headroom|schedule|fetch``."""
+"""``fedmosaic data headroom|schedule|fetch|build|show|stats|verify``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from pathlib import Path
 
 import click
 
+from fedml_plugin_fedmosaic.cli.data_build import drake_lite
+from fedml_plugin_fedmosaic.cli.data_look import show, stats, verify
 from fedml_plugin_fedmosaic.cli.options import config_options, debug_option
 
 
 @click.group()
 def command() -> None:
-    """Look at, or fetch, the data of an experiment."""
+    """Look at, check, fetch or build the data of an experiment."""
+
+
+for _command in (show, stats, verify):
+    command.add_command(_command)
 
 
 @command.command()
@@ -135,6 +141,9 @@ def fetch(
 @command.group()
 def build() -> None:
     """Make the data of tasks in the published layout."""
+
+
+build.add_command(drake_lite)
 
 
 @build.command("text-tasks")

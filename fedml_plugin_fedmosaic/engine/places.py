@@ -9,12 +9,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.engine.gguf import converted_folder, is_gguf
 from fedml_plugin_fedmosaic.engine.hub import cached_folder
 
 BUNDLED = "bundled:"
+CACHED = "cached:"
+"""Models that a command of this package made: ``cached:<set>/<name>``."""
 
 
 def model_folder(name: str, spec: ModelSpec) -> str:
@@ -38,7 +41,7 @@ def model_folder(name: str, spec: ModelSpec) -> str:
 
 
 def resolve(name: str, path: str) -> str:
-    """The folder that a path means: its own, a bundled one, the hub's cache, or an unpacked GGUF.
+    """The folder that a path means: its own, a bundled or made one, the hub's, or a GGUF's.
 
     Raises:
         ConfigError: there is no such model, or it is not in the cache.
@@ -53,6 +56,16 @@ def resolve(name: str, path: str) -> str:
             raise ConfigError(
                 f"model {name!r}: there is no bundled model {path.removeprefix(BUNDLED)!r}",
                 hint=f"bundled models: {', '.join(known) or 'none'}",
+            )
+        return str(folder)
+    if path.startswith(CACHED):
+        folder = cache_dir() / "models" / path.removeprefix(CACHED)
+        if not (folder / "config.json").is_file():
+            made_by = path.removeprefix(CACHED).partition("/")[0]
+            raise ConfigError(
+                f"model {name!r}: expected it in {folder}, got nothing",
+                hint=f"make it by 'fedmosaic models build-{made_by}', or set FEDMOSAIC_CACHE to "
+                "the cache that holds it",
             )
         return str(folder)
     folder = Path(path).expanduser()

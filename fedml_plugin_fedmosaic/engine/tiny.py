@@ -70,6 +70,25 @@ ARCHITECTURES: Mapping[str, TinyArch] = {
     )
 }  # fmt: skip
 
+LITE_ARCHITECTURES: Mapping[str, TinyArch] = {
+    arch.name: arch
+    for arch in (
+        TinyArch(
+            name="lite-llama-small", family="llama",
+            hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384,
+        ),
+        TinyArch(
+            name="lite-llama-large", family="llama",
+            hidden=160, layers=6, heads=4, kv_heads=2, intermediate=448,
+        ),
+        TinyArch(
+            name="lite-qwen2-small", family="qwen2",
+            hidden=128, layers=4, heads=8, kv_heads=2, intermediate=352,
+        ),
+    )
+}  # fmt: skip
+"""Those of DRAKE-lite: larger, because its tasks relate several images."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Marks:

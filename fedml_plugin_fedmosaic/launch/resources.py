@@ -32,7 +32,7 @@ def parameters_of(name: str, spec: ModelSpec) -> float:
         name: the model's name in the configuration.
         spec: its entry.
     """
-    if spec.path.startswith("bundled:"):
+    if spec.path.startswith(("bundled:", "cached:")):
         return _SMALL_PARAMETERS
     for text in (spec.size or "", spec.path.rpartition("/")[2], name):
         found = _SIZE.search(text.translate(_SEPARATORS))

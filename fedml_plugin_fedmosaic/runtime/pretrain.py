@@ -111,11 +111,11 @@ def build_quickstart_models(
         for name in names:
             arch = ARCHITECTURES[name]
             start = time.perf_counter()
-            bundle = _fresh(arch, words, rows, Path(scratch, name), seed)
+            bundle = fresh_model(arch, words, rows, Path(scratch, name), seed)
             loss = _train(bundle, rows, recipe, seed, say)
             seconds = time.perf_counter() - start
             scores = base_scores(bundle)
-            _save(bundle, out / name, _card(arch, bundle, recipe, seed, scores, loss, seconds))
+            save_model(bundle, out / name, _card(arch, bundle, recipe, seed, scores, loss, seconds))
             mean = sum(scores.values()) / len(scores)
             say(f"{name}: {seconds:.0f} s, loss {loss:.3f}, mean test accuracy {mean:.3f}")
         align_quickstart_models(out, rows, log=say)
@@ -218,14 +218,22 @@ def base_scores(bundle: ModelBundle) -> dict[str, float]:
     return scores
 
 
-def _fresh(
+def fresh_model(
     arch: TinyArch,
     words: Sequence[str],
     rows: Mapping[str, Sequence[Sample]],
     folder: Path,
     seed: int,
 ) -> ModelBundle:
-    """An untrained model with the tower's constants set, loaded as any other model is."""
+    """An untrained model with the tower's constants set, loaded as any other model is.
+
+    Args:
+        arch: sizes and family.
+        words: vocabulary of its tokenizer.
+        rows: samples by task, whose images set the constants.
+        folder: where its files go in between.
+        seed: of the initialisation.
+    """
     tokenizer = build_tokenizer(words, arch.family)
     model: Any = build_model(arch, tokenizer, seed=seed)
     images = sorted({path for samples in rows.values() for row in samples for path in row.images})
@@ -276,7 +284,7 @@ def _rate(step: int, recipe: Recipe) -> float:
     return min(1.0, (step + 1) / recipe.warmup) * (0.05 + 0.95 * cosine)
 
 
-def _save(bundle: ModelBundle, folder: Path, card: str) -> None:
+def save_model(bundle: ModelBundle, folder: Path, card: str) -> None:
     """Replaces a model's folder; a reader sees the old one or the new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model-"))
