@@ -114,6 +114,7 @@ DATASETS = Registry(
     "datasets",
     {
         "drake": f"{_ROOT}.data.drake:load_drake",
+        "drake-lite": f"{_ROOT}.data.lite:load_lite",
         "folder": f"{_ROOT}.data.drake:load_drake",
         "hflb": f"{_ROOT}.data.drake:load_drake",
         "quickstart": f"{_ROOT}.data.quickstart:load_quickstart",
@@ -124,6 +125,7 @@ SOURCES = Registry(
     "sources",
     {
         "drake": f"{_ROOT}.data.sources:DrakeSource",
+        "drake-lite": f"{_ROOT}.data.lite:LiteSource",
         "folder": f"{_ROOT}.data.sources:FolderSource",
         "hflb": f"{_ROOT}.data.sources:HflbSource",
         "quickstart": f"{_ROOT}.data.sources:QuickstartSource",
