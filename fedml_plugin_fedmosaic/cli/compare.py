@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
+from fedml_plugin_fedmosaic.cli.cells import cell_options, comparison_spec, run_cells
 from fedml_plugin_fedmosaic.cli.options import config_options, debug_option
 
 
@@ -17,66 +18,47 @@ from fedml_plugin_fedmosaic.cli.options import config_options, debug_option
     default="local,fedavg,fedmosaic",
     show_default=True,
     metavar="A,B,..",
-    help="Strategies to run; the last one is the main one and takes the file's strategy_args.",
-)
-@click.option(
-    "--seeds",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help="Number of runs; seeds count up from common_args.random_seed.",
+    help="Strategies to run, or all; the file's strategy_args belong to the file's own strategy.",
 )
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path),
     default=None,
     metavar="DIR",
-    help="Folder for one run folder per seed (seed-0, seed-1, ..) and comparison.html.",
+    help="Folder of the comparison; runs/compare-NAME after the file's name by default.",
 )
+@cell_options
 @debug_option
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     *,
     cf: Path | None,
     overrides: tuple[str, ...],
     strategies: str,
-    seeds: int,
     run_dir: Path | None,
+    **options: Any,
 ) -> None:
     """Run strategies at equal compute with several seeds, and compare them.
 
-    Prints means with 95 % confidence intervals and differences to local-only training, paired
-    inside each seed.
+    Every strategy with every seed is a run of its own, a cell. The same command again starts only
+    the cells that are missing, have failed or were interrupted; with more strategies or seeds it
+    adds to what is there. Prints means with 95 % confidence intervals and differences to local-only
+    training, paired over the seeds, and writes comparison.html, results.json and results.md.
 
     \b
     Examples:
       fedmosaic compare --strategies local,fedmosaic --seeds 3
+      fedmosaic compare --strategies all --jobs 2
       fedmosaic compare --cf mine.yaml --seeds 5 --run-dir runs/five --set comm_round=4
+      fedmosaic compare --cf mine.yaml -np 4
+      fedmosaic compare --cf mine.yaml --launcher slurm --partition gpu --time 4:00:00
     """
-    from fedml_plugin_fedmosaic.cli.run import train
-    from fedml_plugin_fedmosaic.cli.tables import print_table
-    from fedml_plugin_fedmosaic.config.loader import load_experiment
-    from fedml_plugin_fedmosaic.core.errors import ConfigError
-    from fedml_plugin_fedmosaic.report.comparison import write_comparison
-    from fedml_plugin_fedmosaic.report.html import write_report
-    from fedml_plugin_fedmosaic.report.measures import compare_rows
-    from fedml_plugin_fedmosaic.report.tables import write_summary
+    from fedml_plugin_fedmosaic.core.errors import LaunchError
+    from fedml_plugin_fedmosaic.launch.comparison import chosen_strategies
 
-    names = list(dict.fromkeys(part.strip() for part in strategies.split(",") if part.strip()))
-    if not names:
-        raise ConfigError("--strategies names no strategy", hint="for example local,fedmosaic")
-    others = f"eval_args.evaluation.compare=[{', '.join(names[:-1])}]"
-    experiment = load_experiment(cf, [*overrides, others], algo=names[-1])
-    root = run_dir or Path(experiment.run.root) / f"compare-{'-'.join(names)}"
-    first = experiment.common.random_seed
-    folders = [root / f"seed-{seed}" for seed in range(first, first + seeds)]
-    taken = next((path for path in folders if path.exists() and any(path.iterdir())), None)
-    if taken is not None:
-        raise ConfigError(f"{taken} exists and is not empty", hint="choose another --run-dir")
-    for seed, folder in enumerate(folders, start=first):
-        click.echo(f"seed {seed} -> {folder}")
-        common = replace(experiment.common, random_seed=seed)
-        train(replace(experiment, common=common), folder)
-        write_summary(folder)
-        write_report(folder)
-    print_table(compare_rows(folders).transposed())
-    click.echo(f"report   {write_comparison(folders, root / 'comparison.html')}")
+    spec = comparison_spec(cf, overrides, chosen_strategies(strategies), options)
+    name = "quickstart" if cf is None else cf.stem
+    if not run_cells(spec, run_dir or Path("runs") / f"compare-{name}", options):
+        ctx.exit(LaunchError.exit_code if options["wait"] is not False else 0)

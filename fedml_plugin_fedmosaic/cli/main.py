@@ -19,6 +19,7 @@ _COMMANDS = {
     # name: (module:attribute, one line of help)
     "run": (f"{_ROOT}.run:command", "Train a federation and print its table."),
     "compare": (f"{_ROOT}.compare:command", "Run strategies with several seeds and compare."),
+    "bench": (f"{_ROOT}.bench:command", "Run a benchmark and make its leaderboard."),
     "sweep": (f"{_ROOT}.sweep:command", "Run many settings as one job array."),
     "collect": (f"{_ROOT}.collect:command", "Show a sweep as one table, with plots and CSV."),
     "submit": (f"{_ROOT}.submit:command", "Start a run as a job of a cluster."),

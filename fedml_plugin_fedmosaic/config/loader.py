@@ -41,15 +41,20 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _BACKENDS = {"sp": "sp", "mpi": "MPI"}
 
 
+def bundled_folders() -> tuple[Path, ...]:
+    """Where the configurations are that come with the package: checkout or installation."""
+    checkout = _PACKAGE.parent
+    in_checkout = (checkout / "pyproject.toml").is_file()
+    return (checkout / "configs",) if in_checkout else (_PACKAGE / "_configs",)
+
+
 def bundled_config(name: str = "quickstart") -> Path:
     """Path of a configuration that comes with the package.
 
     Raises:
         ConfigError: there is none of that name; the known ones are listed.
     """
-    checkout = _PACKAGE.parent
-    in_checkout = (checkout / "pyproject.toml").is_file()
-    folders = (checkout / "configs",) if in_checkout else (_PACKAGE / "_configs",)
+    folders = bundled_folders()
     for folder in folders:
         path = folder / f"{name}.yaml"
         if path.is_file():

@@ -71,6 +71,9 @@ def open_sweep(folder: Path, plan: SweepPlan) -> Manifest:
     if manifest is None:
         return Manifest(identity=identity, runs=[entry_of(point) for point in plan.points])
     check_identity(folder, manifest.identity, identity)
+    if plan.spec.grows:
+        known = {entry.name for entry in manifest.runs}
+        manifest.runs += [entry_of(point) for point in plan.points if point.name not in known]
     return manifest
 
 
@@ -163,6 +166,8 @@ class SweepDriver:
     def start(self, *, restart_unknown: bool = False) -> list[Entry]:
         """Starts every run that is missing or has failed; never one that may still be alive.
 
+        Of a folder that grows, only runs that this plan asks for.
+
         Args:
             restart_unknown: also those that neither scheduler nor run folder knows about.
 
@@ -176,7 +181,8 @@ class SweepDriver:
         wanted = [
             entry
             for entry in self.manifest.runs
-            if entry.needs_start or (restart_unknown and entry.status == "UNKNOWN")
+            if entry.name in self.plan.experiments
+            and (entry.needs_start or (restart_unknown and entry.status == "UNKNOWN"))
         ]
         self._submit(wanted, self.plan.experiments)
         return wanted

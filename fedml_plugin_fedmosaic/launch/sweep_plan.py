@@ -51,6 +51,7 @@ class SweepSpec:
         sampler_seed: of the drawing.
         objective: what ``tpe`` maximises, one of :data:`OBJECTIVES`.
         max_parallel: runs at once.
+        grows: the folder may hold other runs of the same base: further values add runs to it.
     """
 
     cf: Path | None = None
@@ -61,6 +62,7 @@ class SweepSpec:
     sampler_seed: int = 0
     objective: str = "self"
     max_parallel: int = 8
+    grows: bool = False
 
     def space(self) -> tuple[Grid, ...]:
         """The grids as axes.
@@ -97,6 +99,8 @@ class SweepPlan:
             "grid": [{axis.name: axis.as_plain() for axis in grid} for grid in self.space],
             "base": plain_experiment(self.base),
         }
+        if spec.grows:
+            del record["grid"]
         if spec.sampler != "grid":
             record |= {"samples": spec.samples, "sampler_seed": spec.sampler_seed}
         if spec.sampler == "tpe":

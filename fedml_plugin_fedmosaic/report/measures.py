@@ -9,7 +9,14 @@ from pathlib import Path
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.statistics import mean_interval, paired_p_value, significance_marks
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, load_run
-from fedml_plugin_fedmosaic.report.numbers import MISSING, percent, points, readable_bytes, seconds
+from fedml_plugin_fedmosaic.report.numbers import (
+    MISSING,
+    operations,
+    percent,
+    points,
+    readable_bytes,
+    seconds,
+)
 from fedml_plugin_fedmosaic.report.tables import REFERENCE, SummaryTable
 
 
@@ -65,11 +72,12 @@ MEASURES: tuple[Measure, ...] = (
         readable_bytes,
     ),
     Measure("steps", "steps", lambda m: float(m.num_steps) if m.trained else None, _count),
+    Measure("flops", "training\ncompute", lambda m: m.flops, operations),
     Measure("train_s", "training\ntime", lambda m: m.train_s, seconds),
 )
 
 
-_OPTIONAL = ("forgetting", "forward_transfer")
+_OPTIONAL = ("forgetting", "forward_transfer", "flops")
 """Keys of measures that many runs cannot have."""
 
 
@@ -171,6 +179,32 @@ def comparison_table(runs: Sequence[Run]) -> SummaryTable:
         for name in names
     ]
     return SummaryTable(columns, rows, _notes(len(runs), shown, with_difference=with_difference))
+
+
+def score_table(runs: Sequence[Run]) -> SummaryTable:
+    """The scores of :func:`comparison_table` and their differences, one row per strategy."""
+    return _columns(comparison_table(runs), lambda name: not _is_cost(name))
+
+
+def cost_table(runs: Sequence[Run]) -> SummaryTable:
+    """What each strategy costs: the other columns of :func:`comparison_table`."""
+    table = _columns(comparison_table(runs), lambda name: name == "strategy" or _is_cost(name))
+    table.rows[:] = [row for row in table.rows if any(cell != MISSING for cell in row[1:])]
+    table.notes[:] = ["Means over the runs."]
+    return table
+
+
+def _is_cost(column: str) -> bool:
+    return any(measure.name == column and not measure.is_score for measure in MEASURES)
+
+
+def _columns(table: SummaryTable, keep: Callable[[str], bool]) -> SummaryTable:
+    places = [place for place, name in enumerate(table.columns) if keep(name)]
+    return SummaryTable(
+        [table.columns[place] for place in places],
+        [[row[place] for place in places] for row in table.rows],
+        list(table.notes),
+    )
 
 
 def _notes(num_runs: int, shown: Sequence[Measure], *, with_difference: bool) -> list[str]:

@@ -35,3 +35,14 @@ def seconds(value: float | None) -> str:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def operations(value: float | None) -> str:
+    """Floating-point operations with a decimal unit; ``-`` for None."""
+    if value is None:
+        return MISSING
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 1000:
+            return f"{value:.1f} {unit}FLOP"
+        value /= 1000
+    return f"{value:.1f} EFLOP"

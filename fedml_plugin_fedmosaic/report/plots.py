@@ -15,6 +15,7 @@ from fedml_plugin_fedmosaic.report.style import (
     label_ends,
     new_figure,
     round_axis,
+    task_line,
     to_svg,
 )
 
@@ -35,6 +36,7 @@ def curves(
     scale: float = 1.0,
     reference: tuple[str, float] | None = None,
     marks: Mapping[str, Sequence[int]] | None = None,
+    boundaries: Sequence[int] = (),
 ) -> str:
     """Lines over rounds: clients faint, their mean bold, one colour a strategy.
 
@@ -46,6 +48,7 @@ def curves(
         scale: factor on all values.
         reference: name and value of a dashed level, before scaling.
         marks: strategy -> 0-based rounds with a dotted upright line in its colour.
+        boundaries: 0-based rounds in which a new task begins: a grey line before each.
 
     Returns:
         An SVG element.
@@ -53,6 +56,8 @@ def curves(
     with mpl.rc_context(STYLE):
         figure = new_figure(7.2, 3.3)
         axes = figure.subplots()
+        for place, round_idx in enumerate(boundaries, start=2):
+            task_line(axes, round_idx, f"task {place}")
         ends = []
         for number, (name, mean_curve) in enumerate(means.items()):
             colour = COLOURS[number % len(COLOURS)]

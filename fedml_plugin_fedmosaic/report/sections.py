@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from fedml_plugin_fedmosaic.report import matrix_plots, plots
+from fedml_plugin_fedmosaic.report.clients import by_group, client_name, separators
 from fedml_plugin_fedmosaic.report.failures import dropouts, rounds_with_dropouts
+from fedml_plugin_fedmosaic.report.learning import task_boundaries
 from fedml_plugin_fedmosaic.report.lives import lives, resumed_rounds
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, mean
 from fedml_plugin_fedmosaic.report.numbers import percent, readable_bytes, seconds
 from fedml_plugin_fedmosaic.report.parts import Figure, Headline, Section
-from fedml_plugin_fedmosaic.report.records import BASE, ClientInfo
-from fedml_plugin_fedmosaic.report.style import Cells
+from fedml_plugin_fedmosaic.report.records import BASE
+from fedml_plugin_fedmosaic.report.relations import mixing, relevance
+from fedml_plugin_fedmosaic.report.replacements import replacements
+from fedml_plugin_fedmosaic.report.streams import over_the_stream
 from fedml_plugin_fedmosaic.report.tables import REFERENCE, SummaryTable, summary_table
-
-_MULTIPLES = 12
-"""Most matrices that the small multiples show."""
-
-
-def group_of(client: ClientInfo) -> str:
-    """The data sets of a client's tasks (a task is ``<dataset>-<subset>``)."""
-    return ", ".join(dict.fromkeys(task.rpartition("-")[0] or task for task in client.tasks))
-
-
-def by_group(run: Run) -> list[ClientInfo]:
-    """Clients with those of one group side by side, groups in order of their first client."""
-    first: dict[str, int] = {}
-    for client in run.clients:
-        first.setdefault(group_of(client), client.client_id)
-    return sorted(run.clients, key=lambda c: (first[group_of(c)], c.client_id))
-
-
-def _groups(clients: Sequence[ClientInfo]) -> list[str]:
-    """Group per client for separators; none if groups would not group anything."""
-    groups = [group_of(client) for client in clients]
-    return groups if 1 < len(set(groups)) < len(groups) else []
-
-
-def _name(client: ClientInfo) -> str:
-    return f"{client.client_id}  {group_of(client)}"
 
 
 def _gain(value: float | None, reference: float | None, name: str) -> str:
@@ -93,6 +71,7 @@ def accuracy(run: Run) -> Section | None:
     base = run.strategies.get(BASE)
     level = base.self_mean if base is not None else None
     marks = {name: rounds for name, rounds in resumed_rounds(run).items() if name in shown}
+    boundaries = task_boundaries(run.schedule)
     svg = plots.curves(
         {name: metrics.curves for name, metrics in shown.items()},
         {name: metrics.mean_curve for name, metrics in shown.items()},
@@ -101,106 +80,14 @@ def accuracy(run: Run) -> Section | None:
         scale=100,
         reference=None if level is None else (BASE, level),
         marks=marks,
+        boundaries=boundaries,
     )
     caption = "Mean over the clients bold, single clients faint."
+    if boundaries:
+        caption += " Grey lines: a new task begins."
     if marks:
         caption += " Dotted: rounds at which the run was resumed."
     return Section("accuracy", "Accuracy per round", figures=(Figure(svg, caption),))
-
-
-def _reordered(matrix: Cells, order: Sequence[int]) -> list[list[float | None]]:
-    return [[matrix[i][j] for j in order] for i in order]
-
-
-def _without_diagonal(matrix: Cells) -> list[list[float | None]]:
-    return [[None if i == j else v for j, v in enumerate(row)] for i, row in enumerate(matrix)]
-
-
-def _plans(run: Run, field: str) -> dict[int, Cells]:
-    """Matrices of the main strategy by round, clients in the order of :func:`by_group`."""
-    if run.main is None:
-        return {}
-    place = {client.client_id: index for index, client in enumerate(run.clients)}
-    order = [place[client.client_id] for client in by_group(run)]
-    found: dict[int, Cells] = {}
-    for round_idx, plan in run.strategies[run.main].plans.items():
-        matrix = getattr(plan, field)
-        known = matrix is not None and any(
-            value is not None
-            for i, row in enumerate(matrix)
-            for j, value in enumerate(row)
-            if i != j
-        )
-        if known and len(matrix) == len(order):
-            found[round_idx] = _reordered(matrix, order)
-    return found
-
-
-def _thinned(rounds: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` rounds, evenly spread, first and last included."""
-    if len(rounds) <= most:
-        return list(rounds)
-    return [rounds[round(i * (len(rounds) - 1) / (most - 1))] for i in range(most)]
-
-
-def relevance(run: Run) -> Section | None:
-    """Similarity of the clients' sketches."""
-    matrices = {r: _without_diagonal(m) for r, m in _plans(run, "relevance").items()}
-    if not matrices:
-        return None
-    clients = by_group(run)
-    names, numbers = [_name(c) for c in clients], [str(c.client_id) for c in clients]
-    groups = _groups(clients)
-    last = max(matrices)
-    figures = [
-        Figure(
-            matrix_plots.heat_map(
-                matrices[last], names, numbers, label="Relevance in the last round",
-                bar="similarity", groups=groups,
-            ),
-            f"Round {last + 1}. Clients of one group stand together.",
-        )
-    ]  # fmt: skip
-    if len(matrices) > 1:
-        shown = _thinned(list(matrices), _MULTIPLES)
-        panels = {f"round {r + 1}": matrices[r] for r in shown}
-        svg = matrix_plots.small_multiples(panels, label="Relevance over the rounds", groups=groups)
-        figures.append(Figure(svg, "The same matrix over the rounds, on one colour scale."))
-    lead = "How alike the clients' data look to the server, which sees only sanitised gradients."
-    return Section("relevance", "Relevance", lead, tuple(figures))
-
-
-def mixing(run: Run) -> Section | None:
-    """Mixing weights and each client's main sources."""
-    matrices = _plans(run, "weights")
-    if not matrices:
-        return None
-    clients = by_group(run)
-    names, numbers = [_name(c) for c in clients], [str(c.client_id) for c in clients]
-    last = max(matrices)
-    svg = matrix_plots.heat_map(
-        matrices[last], names, numbers, label="Mixing weights in the last round", bar="weight, %",
-        groups=_groups(clients), scale=100, digits=0, xlabel="source", ylabel="receiver",
-    )  # fmt: skip
-    lead = "Share of each source (column) in what a client (row) receives."
-    caption = f"Round {last + 1}."
-    table = _sources_table(clients, matrices[last])
-    return Section("mixing", "Who learns from whom", lead, (Figure(svg, caption),), table)
-
-
-def _sources_table(clients: Sequence[ClientInfo], matrix: Cells) -> SummaryTable:
-    groups = [group_of(client) for client in clients]
-    rows = []
-    for i, client in enumerate(clients):
-        weights = [(value or 0.0, j) for j, value in enumerate(matrix[i])]
-        top = [(w, j) for w, j in sorted(weights, key=lambda item: (-item[0], item[1])) if w > 0]
-        shown = ", ".join(f"{clients[j].client_id} ({percent(w)} %)" for w, j in top[:3])
-        inside = sum(w for w, j in weights if groups[j] == groups[i])
-        rows.append(
-            [str(client.client_id), client.label, groups[i], shown or "-", f"{percent(inside)} %"]
-        )
-    columns = ["client", "model", "group", "main sources", "weight inside\nits group"]
-    return SummaryTable(columns, rows, [], num_left=4)
 
 
 def matrix(run: Run) -> Section | None:
@@ -211,7 +98,7 @@ def matrix(run: Run) -> Section | None:
     cells, marks, names, tasks = _task_matrix(run, main)
     if not any(value is not None for row in cells for value in row):
         return None
-    groups = _groups(by_group(run))
+    groups = separators(by_group(run))
     svg = matrix_plots.heat_map(
         cells, names, tasks, label=f"Accuracy of {run.main} by client and task",
         bar="accuracy, %", groups=groups, scale=100, digits=0, marks=marks,
@@ -245,7 +132,7 @@ def _task_matrix(
         row = scores.get(client.client_id, {})
         cells.append([row[task].value if task in row else None for task in tasks])
         marks += [(i, j) for j, task in enumerate(tasks) if task in client.tasks]
-    return cells, marks, [_name(client) for client in clients], tasks
+    return cells, marks, [client_name(client) for client in clients], tasks
 
 
 def traffic(run: Run) -> Section | None:
@@ -349,7 +236,7 @@ def reproduction(run: Run) -> list[Section]:
 
 def all_sections(run: Run) -> list[Section]:
     """All sections that the run has data for, in order."""
-    makers = (accuracy, relevance, mixing, matrix, views, traffic, losses,
-              dropouts, rounds_with_dropouts, lives, timing)  # fmt: skip
+    makers = (accuracy, over_the_stream, relevance, mixing, matrix, views, traffic, losses,
+              replacements, dropouts, rounds_with_dropouts, lives, timing)  # fmt: skip
     found = [section for make in makers if (section := make(run)) is not None]
     return [summary(run), *found, *reproduction(run)]

@@ -222,6 +222,17 @@ class StrategyMetrics:
         """Optimizer steps of all clients and passes."""
         return sum(event.num_steps for event in self.trained)
 
+    @cached_property
+    def flops(self) -> float | None:
+        """Estimated floating-point operations of all passes and probes; None if unknown."""
+        probed = {
+            (e.round_idx, e.client_id, e.probe_name): e.flops
+            for e in self.events
+            if isinstance(e, ev.ClientProbed)
+        }
+        total = sum(event.flops for event in self.trained) + sum(probed.values())
+        return total or None
+
     @property
     def duration_s(self) -> float | None:
         """Wall-clock seconds of the whole strategy; None before it has finished."""

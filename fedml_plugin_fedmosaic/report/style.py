@@ -89,6 +89,22 @@ def round_axis(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def task_line(axes: Axes, round_idx: int, name: str) -> None:
+    """An upright line between the round before ``round_idx`` (0-based) and it, with a name."""
+    line = axes.axvline(round_idx + 0.5, color=BASE_COLOUR, alpha=0.55, linewidth=0.9, zorder=0)
+    line.set_gid(f"task-{round_idx + 1}")
+    axes.annotate(
+        name,
+        (round_idx + 0.5, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -1),
+        textcoords="offset points",
+        color=BASE_COLOUR,
+        fontsize=8,
+        va="top",
+    )
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names at the lines' ends instead of a legend, moved apart where they would touch."""
     low, high = axes.get_ylim()

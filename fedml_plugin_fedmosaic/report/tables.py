@@ -237,6 +237,7 @@ def summary_record(run: Run) -> dict[str, Any]:
             "skipped_rounds": len(metrics.skipped),
             "uplink_bytes_per_client_and_round": metrics.bytes_per_client_round("uplink"),
             "downlink_bytes_per_client_and_round": metrics.bytes_per_client_round("downlink"),
+            "flops": metrics.flops,
             "train_s": metrics.train_s,
             "duration_s": metrics.duration_s,
             "finished": name == BASE or metrics.finished is not None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -92,26 +91,6 @@ def test_the_fedml_door_gets_an_exit_code_not_an_exception(
     assert f"report   {tmp_path / 'door/report.html'}" in capsys.readouterr().out
     assert run_command(cf=cf, overrides=["adapter.rank=0"]) == 2
     assert "must be >= 1" in capsys.readouterr().err
-
-
-def test_compare_runs_every_strategy_with_every_seed(cf: str, tmp_path: Path) -> None:
-    arguments = ["compare", "--cf", cf, "--strategies", "local,fedmosaic", "--seeds", "2"]
-    result = invoke(*arguments, "--run-dir", "cmp", "--set", "comm_round=1")
-    assert result.exit_code == 0, result.stderr
-    cells = [line.split() for line in result.stdout.splitlines() if line.startswith(" ")]
-    columns = next(row[1:] for row in cells if row[:1] == ["strategy"])
-    counts = next(row[1:] for row in cells if row[:1] == ["runs"])
-    assert {"local": "2", "fedmosaic": "2"}.items() <= dict(
-        zip(columns, counts, strict=True)
-    ).items()
-    seeds = [
-        json.loads((tmp_path / f"cmp/seed-{seed}/environment.json").read_text())["seed"]
-        for seed in (1, 2)
-    ]
-    assert seeds == [1, 2]
-    assert (tmp_path / "cmp/comparison.html").is_file()
-    assert invoke(*arguments, "--run-dir", "cmp").exit_code == 2
-    assert invoke("compare", "--cf", cf, "--strategies", ",").exit_code == 2
 
 
 def test_export_writes_an_adapter_folder(cf: str, tmp_path: Path) -> None:

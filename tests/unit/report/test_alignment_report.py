@@ -31,6 +31,8 @@ def manifest(name: str, *, anchor: bool = False, **changes: Any) -> dict[str, An
                 "explained": 0.75,
                 "correlations": [0.9, 0.5],
                 "rank": 2,
+                "agreement": 0.5,
+                "scale": 1.0,
             }
             for block in range(2)
             for module in MODULES
@@ -40,7 +42,7 @@ def manifest(name: str, *, anchor: bool = False, **changes: Any) -> dict[str, An
         "pairing": "tokens",
         "positions": "supervised",
         "learning_rate": 1e-4,
-        "cka": [[0.9, 0.3, 0.2, 0.1], [0.4, 0.6, 0.7, 0.8]],
+        "cka": [[0.9, 0.3, 0.2, 0.4], [0.4, 0.79, 0.7, 0.8]],
         "anchor_ends": [0, 1],
         "model_ends": [1, 3],
         "unmatched": [],
@@ -61,8 +63,8 @@ def manifest(name: str, *, anchor: bool = False, **changes: Any) -> dict[str, An
 def test_the_table_has_a_row_per_block() -> None:
     table = quality_table({"small": manifest("small", anchor=True), "big": manifest("big")})
     assert table.rows == [
-        ["big", "1", "1 | 2", "0.30", "2.00", "0.25", "0.75", "0.70"],
-        ["big", "2", "2 | 4", "0.80", "2.00", "0.75", "0.75", "0.70"],
+        ["big", "1", "1 | 2", "0.30", "2.00", "0.25", "0.75", "0.70", "0.50"],
+        ["big", "2", "2 | 4", "0.80", "2.00", "0.75", "0.75", "0.70", "0.50"],
     ]
     assert table.width <= 100
 
@@ -71,7 +73,8 @@ def test_the_table_has_a_row_per_block() -> None:
     ("changes", "words"),
     [
         ({}, None),
-        ({"unmatched": [[0, 1]]}, "block 1 of small resembles block 2 (CKA 0.10) more than its"),
+        ({"unmatched": [[0, 1]]}, "block 1 of small resembles block 2 (CKA 0.40) more than its"),
+        ({"unmatched": [[1, 0]]}, None),
         ({"rows": {"outputs": 39, "check": 300}}, "only 39 token positions for rank 2"),
     ],
 )

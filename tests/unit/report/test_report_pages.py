@@ -12,6 +12,7 @@ from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.report.comparison import write_comparison
 from fedml_plugin_fedmosaic.report.html import write_report
 from fedml_plugin_fedmosaic.report.metrics import load_run
+from fedml_plugin_fedmosaic.report.network_plots import main_sources
 from fedml_plugin_fedmosaic.report.sections import by_group
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -78,6 +79,7 @@ def test_the_report_is_complete_and_loads_nothing(report):
     assert page.headings == [
         "Result",
         "Accuracy per round",
+        "Over the stream",
         "Relevance",
         "Who learns from whom",
         "Every client on every task",
@@ -92,13 +94,30 @@ def test_the_report_is_complete_and_loads_nothing(report):
 
 def test_figures_are_valid_svg_with_readable_text(report):
     figures = re.findall(r"<svg.*?</svg>", report.read_text(), flags=re.DOTALL)
-    assert len(figures) == 8
+    assert len(figures) == 11
     for figure in figures:
         root = ET.fromstring(figure)  # noqa: S314 - written by this test
         assert root.get("role") == "img"
         assert root.get("aria-label")
         assert root.findall(".//text")
         assert "<image" not in figure
+
+
+def test_task_boundaries_and_main_sources_are_drawn(report):
+    text = report.read_text()
+    # Eight rounds, two tasks: the second begins in round 5, in two figures.
+    assert len(re.findall(r'id="[\w-]+task-5"', text)) == 2
+    arrows = set(re.findall(r'id="[\w-]*from-(\d)-to-(\d)"', text))
+    # Clients 0, 3 and 6 are of one group and learn most from each other.
+    assert {("0", "3"), ("3", "0"), ("6", "3")} <= arrows
+    assert ("1", "0") not in arrows
+
+
+def test_equal_weights_have_no_main_source():
+    uniform = [[None if i == j else 0.5 for j in range(3)] for i in range(3)]
+    assert main_sources(uniform) == []
+    rows = [[0.9, 0.06, 0.04], [None, None, None], [0.3, 0.1, 0.6]]
+    assert main_sources(rows) == [(1, 0, 0.06), (0, 2, 0.3)]
 
 
 def test_the_report_follows_the_colour_scheme_and_prints(report):
@@ -152,7 +171,14 @@ def test_comparison_page(make_run, tmp_path):
     folders = [make_run(tmp_path / f"r{s}", seed=s, num_clients=2, rounds=1) for s in range(3)]
     out = write_comparison(folders, tmp_path / "pages" / "comparison.html")
     page = assert_self_contained(out.read_text())
-    assert page.headings == ["Result", "Scores", "Difference to local", "Runs"]
+    assert page.headings == [
+        "Result",
+        "Scores",
+        "Difference to local",
+        "Who gains, who loses",
+        "Cost",
+        "Runs",
+    ]
     with pytest.raises(DataError, match="no run folder"):
         write_comparison([], out)
 

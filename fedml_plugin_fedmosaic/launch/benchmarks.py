@@ -1,0 +1,122 @@
+"""Benchmarks: a name for several configurations that are compared with the same strategies.
+
+A benchmark is one YAML file: bundled in ``configs/benchmarks/``, or one's own::
+
+    title: DRAKE-lite
+    strategies: [local, fedavg, fedmosaic]   # all of the shelf when omitted
+    seeds: 3
+    configs:                                 # label: configuration, relative to this file
+      dynamic-homogeneous: ../drake_lite/dynamic_homogeneous.yaml
+    unseen:                                  # scenarios of tasks that no client has (optional)
+      - unseen_new_visual_domain
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedml_plugin_fedmosaic.config.loader import bundled_folders
+from fedml_plugin_fedmosaic.config.messages import unknown
+from fedml_plugin_fedmosaic.config.yamlfile import Document, as_mapping, read_document
+from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.launch.comparison import ALL, chosen_strategies
+
+FOLDER = "benchmarks"
+_KEYS = ("title", "strategies", "seeds", "configs", "unseen")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A benchmark file, checked.
+
+    Attributes:
+        name: of the file.
+        title: for pages.
+        strategies: registry names.
+        seeds: number of seeds.
+        configs: label -> configuration file.
+        unseen: scenarios of tasks that no client has.
+    """
+
+    name: str
+    title: str
+    strategies: tuple[str, ...]
+    seeds: int
+    configs: Mapping[str, Path]
+    unseen: tuple[str, ...] = field(default=())
+
+
+def benchmark_files() -> dict[str, Path]:
+    """The bundled benchmarks by name."""
+    found: dict[str, Path] = {}
+    for folder in bundled_folders():
+        for path in sorted((folder / FOLDER).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def load_benchmark(name: str) -> Benchmark:
+    """Reads a bundled benchmark by its name, or a file.
+
+    Raises:
+        ConfigError: there is none of that name, or the file is wrong; every mistake is listed.
+    """
+    known = benchmark_files()
+    path = known.get(name, Path(name))
+    if name not in known and not (name.endswith((".yaml", ".yml")) and path.is_file()):
+        raise ConfigError(
+            unknown("benchmark", name, list(known)), hint="or give a benchmark file, NAME.yaml"
+        )
+    document = read_document(path)
+    for key in document.data:
+        if key not in _KEYS:
+            document.report((key,), unknown("key", key, _KEYS))
+    title = document.data.get("title", path.stem)
+    if not isinstance(title, str) or not title:
+        document.report(("title",), f"must be text (got {title!r})")
+    seeds = document.data.get("seeds", 3)
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        document.report(("seeds",), f"must be a whole number >= 1 (got {seeds!r})")
+    names = _texts(document, "strategies", [ALL])
+    unseen = _texts(document, "unseen", [])
+    configs = _configs(document, path.resolve().parent)
+    document.raise_problems()
+    return Benchmark(
+        name=path.stem,
+        title=title,
+        strategies=chosen_strategies(",".join(names)),
+        seeds=seeds,
+        configs=configs,
+        unseen=tuple(unseen),
+    )
+
+
+def _texts(document: Document, key: str, default: list[str]) -> list[str]:
+    value = document.data.get(key, default)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        document.report((key,), f"must be a list of names (got {value!r})")
+        return default
+    return value
+
+
+def _configs(document: Document, folder: Path) -> dict[str, Path]:
+    raw = as_mapping(document.data.get("configs"))
+    if not raw:
+        document.report(("configs",), "must map labels to configuration files")
+        return {}
+    found: dict[str, Path] = {}
+    for label, value in raw.items():
+        place = ("configs", str(label))
+        if not _LABEL.fullmatch(str(label)):
+            document.report(place, "a label is letters, digits, '-', '_' and '.'")
+        elif not isinstance(value, str):
+            document.report(place, f"must be a path (got {value!r})")
+        elif not (folder / value).is_file():
+            document.report(place, f"there is no file {value}")
+        else:
+            found[str(label)] = (folder / value).resolve()
+    return found

@@ -1,0 +1,96 @@
+"""Comparisons and benchmark files before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.core.registry import STRATEGIES
+from fedml_plugin_fedmosaic.launch.benchmarks import benchmark_files, load_benchmark
+from fedml_plugin_fedmosaic.launch.comparison import (
+    ComparisonSpec,
+    cell_folders,
+    chosen_strategies,
+    make_comparison,
+)
+from fedml_plugin_fedmosaic.launch.sweep import open_sweep
+from fedml_plugin_fedmosaic.launch.sweep_manifest import write_manifest
+
+
+def test_strategies_are_known_named_once_and_the_reference_comes_first() -> None:
+    assert chosen_strategies("fedavg, LOCAL,fedavg") == ("local", "fedavg")
+    assert set(chosen_strategies("all")) == set(STRATEGIES)
+    assert chosen_strategies("all")[0] == "local"
+    with pytest.raises(ConfigError, match="unknown strategy 'nope'"):
+        chosen_strategies("local,nope")
+    with pytest.raises(ConfigError, match="names no strategy"):
+        chosen_strategies(" , ")
+
+
+def spec(*strategies: str, seeds: int = 2) -> ComparisonSpec:
+    return ComparisonSpec(
+        overrides=("common.random_seed=7",), strategies=strategies, seeds=seeds, max_parallel=2
+    )
+
+
+def test_every_strategy_runs_with_every_seed_and_alone() -> None:
+    plan = make_comparison(spec("local", "fedmosaic"))
+    assert [point.levels for point in plan.points] == [
+        {"strategy": name, "seed": seed} for name in ("local", "fedmosaic") for seed in (7, 8)
+    ]
+    cells = plan.experiments
+    assert {cell.evaluation.compare for cell in cells.values()} == {()}
+    assert [cell.evaluation.base for cell in cells.values()] == [True, True, False, False]
+    assert [cell.algo for cell in cells.values()] == ["local"] * 2 + ["fedmosaic"] * 2
+    assert [cell.common.random_seed for cell in cells.values()] == [7, 8, 7, 8]
+    folders = cell_folders(Path("cmp"), plan)
+    assert folders["local"][8] == Path("cmp/runs/strategy=local,seed=8")
+
+
+def test_a_folder_takes_further_strategies_and_seeds_of_the_same_base(tmp_path: Path) -> None:
+    manifest = open_sweep(tmp_path, make_comparison(spec("local", seeds=1)))
+    manifest.runs[0].status = "COMPLETED"
+    write_manifest(tmp_path, manifest)
+    grown = open_sweep(tmp_path, make_comparison(spec("fedavg", "local", seeds=2)))
+    assert [(entry.name, entry.status) for entry in grown.runs] == [
+        ("strategy=local,seed=7", "COMPLETED"),
+        ("strategy=fedavg,seed=7", "MISSING"),
+        ("strategy=fedavg,seed=8", "MISSING"),
+        ("strategy=local,seed=8", "MISSING"),
+    ]
+    other = ComparisonSpec(overrides=("comm_round=3",), strategies=("local",), seeds=1)
+    with pytest.raises(ConfigError, match="comm_round"):
+        open_sweep(tmp_path, make_comparison(other))
+
+
+def test_the_bundled_benchmarks_can_be_read() -> None:
+    found = benchmark_files()
+    assert "quickstart" in found
+    for name in found:
+        benchmark = load_benchmark(name)
+        assert benchmark.configs
+        assert benchmark.strategies[0] == "local"
+
+
+def test_a_benchmark_file_is_checked_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "titel: x\nseeds: 0\nstrategies: local\nconfigs:\n  a b: none.yaml\n  c: none.yaml\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_benchmark(str(path))
+    for part in ("mine.yaml:1", "'title'", "seeds", "strategies", "a b", "no file none.yaml"):
+        assert part in error.value.message
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        load_benchmark("quickstarts")
+
+
+def test_a_benchmark_of_ones_own_names_files_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("train_args: {comm_round: 2}\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text("strategies: [fedavg]\nconfigs: {one: one.yaml}\n")
+    benchmark = load_benchmark(str(path))
+    assert (benchmark.title, benchmark.seeds) == ("mine", 3)
+    assert benchmark.configs == {"one": (tmp_path / "one.yaml").resolve()}
