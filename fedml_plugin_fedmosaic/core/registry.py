@@ -100,6 +100,7 @@ STRATEGIES = Registry(
         "local": f"{_ROOT}.strategies.local:Local",
         "per_fedavg": f"{_ROOT}.strategies.per_fedavg:PerFedAvg",
         "pfedla": f"{_ROOT}.strategies.pfedla:PFedLA",
+        "tap": f"{_ROOT}.strategies.tap:Tap",
     },
 )
 ADAPTERS = Registry(
