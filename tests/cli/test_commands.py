@@ -22,6 +22,7 @@ from fedml_plugin_fedmosaic.core.errors import ClientFailure, FedMosaicError
 COMMANDS = [
     "run",
     "compare",
+    "bench",
     "align",
     "export",
     "sweep",

@@ -34,34 +34,34 @@ def compare(cf: str, strategies: str, seeds: int, *more: str) -> Result:
 
 
 def test_a_comparison_is_repaired_and_grows(cf: str, tmp_path: Path) -> None:
-    first = compare(cf, "local,fedmosaic", 2)
+    first = compare(cf, "local,fedmosaic", 1)
     assert first.exit_code == 0, first.output
-    assert "4 cells started, 0 left as they are" in first.stdout
-    record = json.loads((tmp_path / "cmp/results.json").read_text())
-    assert record["seeds"] == [1, 2]
-    assert record["missing"] == []
-    assert set(record["strategies"]) == {"base", "local", "fedmosaic"}
-    own = record["strategies"]["fedmosaic"]["self"]
-    assert set(own["by_seed"]) == {"1", "2"}
-    assert own["minus_local"]["pairs"] == 2
-    assert record["config"]["train_args"]["comm_round"] == 1
+    assert "2 cells started, 0 left as they are" in first.stdout
+    own = json.loads((tmp_path / "cmp/results.json").read_text())["strategies"]["fedmosaic"]["self"]
     # The untouched models are scored by the first strategy's cells only.
-    beside = tmp_path / "cmp/runs/strategy=fedmosaic,seed=1/metrics.jsonl"
-    assert '"strategy": "base"' not in beside.read_text()
+    cells = tmp_path / "cmp/runs"
+    scored = '"strategy": "base"'
+    assert scored in (cells / "strategy=local,seed=1/metrics.jsonl").read_text()
+    assert scored not in (cells / "strategy=fedmosaic,seed=1/metrics.jsonl").read_text()
+
+    untouched = (cells / "strategy=local,seed=1/metrics.jsonl").stat().st_mtime_ns
+    shutil.rmtree(cells / "strategy=fedmosaic,seed=1")
+    second = compare(cf, "local,fedmosaic", 2)
+    assert second.exit_code == 0, second.output
+    assert "3 cells started, 1 left as they are" in second.stdout
+    assert (cells / "strategy=local,seed=1/metrics.jsonl").stat().st_mtime_ns == untouched
+    record = json.loads((tmp_path / "cmp/results.json").read_text())
+    assert (record["seeds"], record["missing"]) == ([1, 2], [])
+    assert set(record["strategies"]) == {"base", "local", "fedmosaic"}
+    grown = record["strategies"]["fedmosaic"]["self"]
+    assert set(grown["by_seed"]) == {"1", "2"}
+    assert grown["by_seed"]["1"] == own["by_seed"]["1"]
+    assert grown["minus_local"]["pairs"] == 2
+    assert record["config"]["train_args"]["comm_round"] == 1
     for name in ("comparison.html", "results.md", "figures/scores.svg"):
         assert (tmp_path / "cmp" / name).stat().st_size > 100
     assert "fedmosaic compare --cf tiny.yaml" in (tmp_path / "cmp/results.md").read_text()
 
-    untouched = (tmp_path / "cmp/runs/strategy=local,seed=2/metrics.jsonl").stat().st_mtime_ns
-    shutil.rmtree(tmp_path / "cmp/runs/strategy=fedmosaic,seed=2")
-    second = compare(cf, "local,fedavg,fedmosaic", 2)
-    assert second.exit_code == 0, second.output
-    assert "3 cells started, 3 left as they are" in second.stdout
-    grown = json.loads((tmp_path / "cmp/results.json").read_text())
-    assert set(grown["strategies"]) == {"base", "local", "fedavg", "fedmosaic"}
-    assert grown["strategies"]["fedmosaic"]["self"] == own
-    path = tmp_path / "cmp/runs/strategy=local,seed=2/metrics.jsonl"
-    assert path.stat().st_mtime_ns == untouched
     # Another experiment does not mix with it.
     other = compare(cf, "local", 2, "--set", "learning_rate=0.5")
     assert other.exit_code == 2
