@@ -93,6 +93,7 @@ STRATEGIES = Registry(
         "factorized": f"{_ROOT}.strategies.factorized:Factorized",
         "fedavg": f"{_ROOT}.strategies.fedavg:FedAvg",
         "fedmosaic": f"{_ROOT}.strategies.fedmosaic:FedMosaic",
+        "fedrema": f"{_ROOT}.strategies.fedrema:FedReMa",
         "fesem": f"{_ROOT}.strategies.fesem:FeSEM",
         "ifca": f"{_ROOT}.strategies.ifca:IFCA",
         "knn_fedavg": f"{_ROOT}.strategies.knn_per:KnnFedAvg",

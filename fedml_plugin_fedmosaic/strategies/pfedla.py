@@ -62,6 +62,7 @@ from fedml_plugin_fedmosaic.strategies.vectors import (
     matrix_of,
     members_by_layout,
     projection_note,
+    receive_layers,
 )
 
 NOTE = "layers"
@@ -106,15 +107,8 @@ class PFedLAClient(FedAvgClient):
         Raises:
             PlanError: the downlink does not fit the client's adapter.
         """
-        # A layer that stays local is missing as a whole, which receive() would refuse.
-        named = {_share_key(name): tensor for name, tensor in downlink.items()}
-        got = set(layer_tensors(named))
-        part = {
-            key: tensor for key, tensor in state.adapter.items() if key.layer in got or not downlink
-        }
-        filled = super().prepare(named, replace(state, adapter=part), context)
-        after, passes = filled
-        return replace(after, adapter={**state.adapter, **after.adapter}), passes
+        adapter = receive_layers(state.adapter, downlink, state.client_id)
+        return super().prepare({}, replace(state, adapter=adapter), context)
 
     def finish(
         self,
@@ -269,11 +263,6 @@ class _Report:
 def channel_of_layer(layer: int) -> str:
     """Channel of a decoder layer's tensors."""
     return f"layer{layer}"
-
-
-def _share_key(name: str) -> str:
-    """``layer3/3/q_proj/A`` as ``conv/3/q_proj/A``."""
-    return CHANNEL_CONV + name[name.index("/") :]
 
 
 def _stack(vectors: Mapping[str, Tensor], members: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
-from fedml_plugin_fedmosaic.core.types import CHANNEL_CONV, SharedTensors, UpdateHeader
+from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
+    AdapterKey,
+    AdapterState,
+    Branch,
+    SharedTensors,
+    UpdateHeader,
+)
 from fedml_plugin_fedmosaic.equations.projection import project
+from fedml_plugin_fedmosaic.strategies.common import receive
 
 
 def layer_tensors(tensors: SharedTensors) -> dict[int, dict[str, Tensor]]:
@@ -22,6 +30,26 @@ def layer_tensors(tensors: SharedTensors) -> dict[int, dict[str, Tensor]]:
         if channel == CHANNEL_CONV:
             layers.setdefault(int(rest.partition("/")[0]), {})[name] = tensors[name]
     return dict(sorted(layers.items()))
+
+
+def receive_layers(
+    adapter: AdapterState, downlink: SharedTensors, client_id: int
+) -> dict[AdapterKey, Tensor]:
+    """The adapter with some layers of its local branch replaced.
+
+    Args:
+        adapter: all adapter tensors of the client.
+        downlink: float32 tensors; what stands before the first slash of a name is ignored, the rest
+            is that of the share key. A layer is complete or absent.
+        client_id: for the error message.
+
+    Raises:
+        PlanError: an unknown key, a wrong shape, or a missing key of a received layer.
+    """
+    named = {CHANNEL_CONV + name[name.index("/") :]: value for name, value in downlink.items()}
+    got = set(layer_tensors(named))
+    part = {key: tensor for key, tensor in adapter.items() if key.layer in got or not downlink}
+    return {**adapter, **receive(part, named, Branch.LOCAL, client_id)}
 
 
 def projection_note(tensors: SharedTensors, width: int, seed: int) -> list[float]:
