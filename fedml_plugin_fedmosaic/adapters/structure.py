@@ -11,6 +11,9 @@ from torch import nn
 
 from fedml_plugin_fedmosaic.core.errors import AdapterError
 
+ALL_LINEAR = "all-linear"
+"""Stands for every linear of a decoder layer, whatever the architecture calls them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -57,6 +60,7 @@ def find_text_tower(
     Args:
         model: a Hugging Face model, plain or already carrying adapters.
         target_modules: last names of the linears; each must be in every decoder layer once.
+            ``all-linear`` alone: all that the first decoder layer has.
         num_layers: decoder layers; read from the model's configuration when omitted.
 
     Returns:
@@ -74,6 +78,8 @@ def find_text_tower(
         )
     count = _configured_layers(model) if num_layers is None else num_layers
     owner, layers_name, layers = _decoder_layers(model, count)
+    if wanted == [ALL_LINEAR]:
+        wanted = linear_names(layers[0])
     targets: list[Target] = []
     problems: list[str] = []
     for index, layer in enumerate(layers):
@@ -94,7 +100,7 @@ def find_text_tower(
                 )
             )
     if problems:
-        known = sorted({path.rpartition(".")[2] for path, _ in _linears(layers[0], None, [], "")})
+        known = linear_names(layers[0])
         raise AdapterError(
             "target modules do not fit the model; expected each in every decoder layer once: "
             + "; ".join(problems[:6])
@@ -102,6 +108,11 @@ def find_text_tower(
             hint=f"linears of a decoder layer of this model: {', '.join(known) or 'none'}",
         )
     return TextTower(name=owner, num_layers=count, targets=tuple(targets))
+
+
+def linear_names(layer: nn.Module) -> list[str]:
+    """Last names of a decoder layer's linears, ascending; adapters on them do not count."""
+    return sorted({path.rpartition(".")[2] for path, _ in _linears(layer, None, [], "")})
 
 
 def _configured_layers(model: nn.Module) -> int:
@@ -134,7 +145,7 @@ def _decoder_layers(model: Any, count: int) -> tuple[str, str, nn.ModuleList]:
         raise AdapterError(
             f"expected one list of {count} decoder layers in {type(decoder).__name__}, "
             f"found {len(outer)}: {', '.join(name for name, _ in outer) or 'none'}",
-            hint="use a decoder-only text tower such as Llama or Qwen2, and its true depth",
+            hint="use a decoder-only text tower such as Llama or Gemma, and its true depth",
         )
     name, layers = outer[0]
     return name.rpartition(".")[0], name, layers

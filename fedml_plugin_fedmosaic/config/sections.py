@@ -190,7 +190,7 @@ class AdapterConfig:
         "up_proj",
         "down_proj",
     )
-    """Linears of every decoder layer that carry an adapter."""
+    """Linears of every decoder layer that carry an adapter; ``[all-linear]``: all it has."""
     alignment: str | None = None
     """Folder that ``fedmosaic align`` wrote; ``bundled`` takes the files beside bundled models."""
     anchor: str | None = None

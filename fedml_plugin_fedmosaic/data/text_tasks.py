@@ -137,7 +137,7 @@ class BuildOptions:
     train: int = 400
     test: int = 200
     public: int = 50
-    max_words: int = 48
+    max_words: int = 32
 
 
 def default_root() -> Path:

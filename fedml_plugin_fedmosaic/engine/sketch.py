@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fedml_plugin_fedmosaic.config.sections import SketchConfig
-from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
+from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.rng import torch_generator
 from fedml_plugin_fedmosaic.core.types import View
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.data.prompt import IGNORE
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
+from fedml_plugin_fedmosaic.engine.tail import ModelTail
 from fedml_plugin_fedmosaic.equations.gradient import (
     ColumnProjection,
     column_projection,
@@ -51,7 +52,7 @@ class SketchEngine:
 
     Raises:
         ConfigError: an option does not fit the proxy model.
-        IntegrationError: the proxy's final normalisation is not an RMSNorm.
+        IntegrationError: the proxy's logits cannot be explained by its output embedding.
     """
 
     def __init__(
@@ -61,14 +62,23 @@ class SketchEngine:
         self._config = config
         self._seed = seed
         self._grad_accumulation = grad_accumulation
-        width, inner = (int(size) for size in _weight(bundle.last_down_proj).shape)
+        width, inner = _shape(bundle.last_down_proj)
         self._rows = kept_rows(width, config.row_fraction, config.rows, seed)
         self._projection = (
             None if config.columns is None else column_projection(inner, config.columns, seed)
         )
         self.shape = (len(self._rows), config.columns or inner)
         self._vector = self._vector_projection()
-        self._check_norm(width)
+        if bundle.adapter is not None:
+            bundle.adapter.set_view(View.BASE)
+        self._tail = ModelTail(bundle)
+        self._is_plain = self._tail.is_plain and self._has_plain_norm(width)
+        if config.jacobian == "diagonal" and not self._is_plain:
+            raise ConfigError(
+                f"sketch.jacobian is diagonal, which is for models that end like Llama; model "
+                f"{bundle.info.name!r} ends with a {type(bundle.final_norm).__name__}",
+                hint="set sketch_args.sketch.jacobian: exact",
+            )
 
     def compute(
         self, batches: Sequence[Sequence[Sample]], *, client_id: int, round_idx: int
@@ -141,7 +151,7 @@ class SketchEngine:
             )
         return column_projection(rows * columns, floats, self._seed)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def gradient(self, samples: Sequence[Sample]) -> Tensor:
         """Gradient of the samples' mean token loss w.r.t. the last ``down_proj`` weight.
 
@@ -155,6 +165,8 @@ class SketchEngine:
         batch, _, _ = bundle.processor.encode_supervised(samples)
         labels = batch.pop("labels")[:, 1:]
         supervised = labels != IGNORE
+        if not self._is_plain:
+            return self._tail.gradient(batch, labels, supervised)
         with _inputs_of(bundle.last_down_proj, bundle.final_norm) as seen:
             bundle.body(**batch, use_cache=False)
         activations, hidden = (value[:, :-1][supervised] for value in seen)
@@ -162,25 +174,29 @@ class SketchEngine:
             activations,
             hidden,
             _weight(bundle.final_norm),
-            bundle.norm_eps,
+            bundle.norm_eps or 0.0,
             bundle.lm_head,
             labels[supervised],
             self._config.jacobian,
         )
 
     @torch.inference_mode()
-    def _check_norm(self, width: int) -> None:
-        """The closed form is for ``x * rsqrt(mean(x^2) + eps) * weight``; some families differ."""
+    def _has_plain_norm(self, width: int) -> bool:
+        """Whether the final norm is ``x * rsqrt(mean(x^2) + eps) * weight``, without autograd."""
         norm, weight = self._bundle.final_norm, _weight(self._bundle.final_norm)
+        eps = self._bundle.norm_eps
+        if eps is None:
+            return False
         x = torch.linspace(-1.0, 2.0, width, device=weight.device)[None, None].to(weight.dtype)
-        scale = torch.rsqrt(x.float().square().mean() + self._bundle.norm_eps)
-        expected = x.float() * scale * weight.float()
-        if not torch.allclose(norm(x).float(), expected, rtol=2e-2, atol=1e-3):
-            raise IntegrationError(
-                f"model {self._bundle.info.name!r}: its final {type(norm).__name__} is not the "
-                "RMSNorm that the closed-form gradient is made for",
-                hint="set sketch_args.sketch.proxy to a Llama or Qwen2 model",
-            )
+        expected = x.float() * torch.rsqrt(x.float().square().mean() + eps) * weight.float()
+        return bool(torch.allclose(norm(x).float(), expected, rtol=2e-2, atol=1e-3))
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Output and input width of a linear, also if it is wrapped or its weight is packed."""
+    if not isinstance(module, nn.Linear):
+        module = module.get_submodule("base_layer")
+    return int(module.out_features), int(module.in_features)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -152,8 +152,20 @@ def test_a_round_without_samples_gives_zeros(bundle):
     assert not sketch.any()
 
 
-def test_a_proxy_with_another_norm_is_refused(tmp_path):
+def test_a_proxy_with_another_norm_is_taken_through_autograd(tmp_path):
     bundle = load(save_text_model(tmp_path))
     bundle.final_norm.register_forward_hook(lambda module, args, output: output + 1.0)
-    with pytest.raises(IntegrationError, match="is not the RMSNorm"):
+    samples = text_samples(3)
+    actual = SketchEngine(bundle, SketchConfig(), 0).gradient(samples)
+    expected = autograd(bundle, samples)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * float(expected.norm()))
+    with pytest.raises(ConfigError, match="jacobian is diagonal"):
+        SketchEngine(bundle, SketchConfig(jacobian="diagonal"), 0)
+
+
+def test_logits_that_cannot_be_explained_are_refused(tmp_path):
+    bundle = load(save_text_model(tmp_path))
+    head = bundle.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: output.square())
+    with pytest.raises(IntegrationError, match="logits are not its final"):
         SketchEngine(bundle, SketchConfig(), 0)
