@@ -178,9 +178,14 @@ def upload_bytes(
 
 
 def received_bytes(plan: MixingPlan, catalogue: Catalogue) -> dict[int, int]:
-    """Client id -> bytes of the vectors it receives, for clients with a row."""
+    """Client id -> bytes of the vectors it receives, for clients with a row.
+
+    Slots that stay on the server do not count.
+    """
     total: dict[int, int] = {}
     for slot, rows in sorted(plan.rows.items()):
+        if slot in plan.internal:
+            continue
         for row in rows:
             num_bytes = layout_of(plan.channel(slot), row, catalogue).num_bytes
             total[row.target] = total.get(row.target, 0) + num_bytes

@@ -215,7 +215,8 @@ class RankedCommunicator(ABC):
         self.downlink_bytes = received_bytes(plan, catalogue)
         self.moved_bytes["mixing"] = 0
         parts = {client: split_channels(upload) for client, upload in uploads.items()}
-        downlinks = empty_downlinks({*uploads, *self.owned(list(self.downlink_bytes))})
+        targets = {row.target for rows in plan.rows.values() for row in rows}
+        downlinks = empty_downlinks({*uploads, *self.owned(sorted(targets))})
         for slot in sorted(plan.rows):
             channel = plan.channel(slot)
             routes = self.routes(plan, slot, catalogue)

@@ -171,7 +171,8 @@ class UpdateHeader:
         round_idx: 0-based round of the training that made the update.
         num_examples: samples used in that training.
         sketch: sanitised proxy gradient, float32 ``(rows, columns)``, or None.
-        notes: small JSON values of the strategy; every rank sees them.
+        notes: small JSON values of the strategy; every rank sees them. A mapping ``report`` among
+            them goes into the run's metrics.
     """
 
     client_id: int
@@ -256,7 +257,8 @@ class MixingPlan:
     A slot is a channel of the uploads, unless ``slots`` says otherwise: ``slots[slot]`` is the
     channel whose tensors are mixed, and they arrive with the slot's name in the channel's place.
     So a client can receive several sums of one channel. A client without a row in a slot receives
-    nothing there (the strategy's client half says what that means). ``relevance`` and ``weights``
+    nothing there (the strategy's client half says what that means). ``internal`` names slots whose
+    receivers act for the server; they are no client's traffic. ``relevance`` and ``weights``
     are for the report: ``(clients, clients)`` float32 with NaN where unknown; row i belongs to
     receiver i.
     """
@@ -265,6 +267,7 @@ class MixingPlan:
     slots: Mapping[str, str] = field(default_factory=dict)
     relevance: Tensor | None = None
     weights: Tensor | None = None
+    internal: frozenset[str] = frozenset()
 
     def channel(self, slot: str) -> str:
         """The channel whose tensors a slot delivers."""

@@ -118,10 +118,18 @@ class ObjectiveStep:
             seen: Seen = {}
             with self._sets.routed(name):
                 for index, item in enumerate(self._pass.objectives):
+                    terms = [t for t in item.distil if not t.tasks or samples[0].task in t.tasks]
+                    # A teacher's sets are laid over the pass's model, not over the student's.
+                    teachers = [
+                        (term, self._teacher(term, samples, inputs, positions, seen))
+                        for term in terms
+                    ]
                     with self._sets.laid(item.overlay):
-                        loss = self._objective(item, index, samples, inputs, positions, seen)
+                        loss, task = self._objective(item, teachers, inputs, positions, seen)
                         loss = loss / len(batch)
                         loss.backward()  # type: ignore[no-untyped-call]
+                    if index == 0:
+                        self._tally.losses(samples, task)
                     total = loss.detach() if total is None else total + loss.detach()
             num_tokens += tokens
         if total is None:
@@ -146,32 +154,27 @@ class ObjectiveStep:
     def _objective(
         self,
         item: Objective,
-        index: int,
-        samples: Sequence[Sample],
+        teachers: Sequence[tuple[Distillation, SimpleNamespace]],
         inputs: Batch,
         positions: Tensor,
         seen: Seen,
-    ) -> Tensor:
-        """Sum over the samples of their losses."""
-        terms = [t for t in item.distil if not t.tasks or samples[0].task in t.tasks]
-        teachers = [self._teacher(term, samples, inputs, positions, seen) for term in terms]
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over the samples of their losses, and their task losses."""
         self._adapter.set_trainable(item.train)
         logits = view_logits(self._adapter, item.view, inputs, positions)
         seen[item.overlay, item.view] = logits.detach()
         models = num_models(item.view)
         self._tally.passes(inputs, forwards=models, backwards=models)
         task = LOSSES[self._pass.loss](_Computed(logits), inputs, positions)
-        if index == 0:
-            self._tally.losses(samples, task)
         total: Tensor = (item.task_weight * task).sum()
         mask = supervised(inputs, positions)
-        for term, teacher in zip(terms, teachers, strict=True):
+        for term, teacher in teachers:
             known = mask if teacher.mask is None else mask & teacher.mask
             gaps = divergence(logits, teacher.logits, term.temperature, term.kind)
             # Each sample is the mean over its own tokens, as the task loss is.
             shares = gaps.masked_fill(~known, 0.0).sum(1) / mask.sum(1)
             total = total + term.weight * shares.sum()
-        return total
+        return total, task
 
     def _teacher(
         self,

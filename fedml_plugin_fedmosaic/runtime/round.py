@@ -47,7 +47,7 @@ from fedml_plugin_fedmosaic.runtime.setup import (
     together,
 )
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
-from fedml_plugin_fedmosaic.strategies.base import TRAIN, ServerState
+from fedml_plugin_fedmosaic.strategies.base import SERVER, TRAIN, ServerState
 
 
 def to_rows(matrix: Tensor | None) -> tuple[tuple[float | None, ...], ...] | None:
@@ -71,9 +71,10 @@ class Traffic:
     up: dict[int, int] = field(default_factory=dict)
     down: dict[int, int] = field(default_factory=dict)
 
-    def add(self, comm: Communicator) -> None:
-        """Adds those of the last stage."""
-        for total, new in ((self.up, comm.uplink_bytes), (self.down, comm.downlink_bytes)):
+    def add(self, comm: Communicator, *, uplink: bool) -> None:
+        """Adds those of the last stage; what the server sends to itself is no uplink."""
+        sent = comm.uplink_bytes if uplink else {}
+        for total, new in ((self.up, sent), (self.down, comm.downlink_bytes)):
             for client_id, count in new.items():
                 total[client_id] = total.get(client_id, 0) + count
 
@@ -235,7 +236,7 @@ class StrategyRun:
         for index, name in enumerate(names):
             stage = Stage(index, name)
             new = self._stage(round_idx, stage, cohort, standing, mine, trainer)
-            traffic.add(self.comm)
+            traffic.add(self.comm, uplink=name != SERVER)
             if new is None:
                 break
             received.update(new)

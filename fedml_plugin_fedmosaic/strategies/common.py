@@ -117,6 +117,28 @@ def shared_tensors(adapter: AdapterState, channels: Collection[str]) -> dict[str
     }
 
 
+def branch_set(adapter: AdapterState, branch: Branch) -> dict[AdapterKey, Tensor]:
+    """A set of one branch's tensors (copies)."""
+    return {key: value.clone() for key, value in adapter.items() if key.branch is branch}
+
+
+def branch_upload(tensors: AdapterState, branch: Branch, channel: str = "") -> dict[str, Tensor]:
+    """Copies of one branch's tensors by share key, sorted; ``channel`` replaces the key's own."""
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if key.branch is branch:
+            name = key.share_key
+            if channel:
+                name = f"{channel}/{name.partition('/')[2]}"
+            found[name] = value.detach().to(dtype=torch.float32, device="cpu", copy=True)
+    return dict(sorted(found.items()))
+
+
+def only(downlink: SharedTensors, channel: str) -> dict[str, Tensor]:
+    """The tensors of one channel of a downlink."""
+    return {name: value for name, value in downlink.items() if channel_of(name) == channel}
+
+
 def layouts_by_client(manifests: Sequence[ClientManifest]) -> dict[str, dict[str, str]]:
     """Client id (as text) -> channel -> layout digest, ascending by id.
 

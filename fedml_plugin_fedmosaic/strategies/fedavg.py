@@ -42,7 +42,7 @@ from fedml_plugin_fedmosaic.core.types import (
     View,
 )
 from fedml_plugin_fedmosaic.core.work import LocalResult, Pass, Work
-from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
+from fedml_plugin_fedmosaic.strategies.base import ClientBase, ClientHalf, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
     check_participants,
     layouts_by_client,
@@ -103,10 +103,10 @@ class FedAvg(StrategyBase):
 
     def __init__(self, options: FedAvgOptions) -> None:
         self.options = options
-        self._client = FedAvgClient()
+        self._client: ClientHalf = FedAvgClient()
 
     @property
-    def client(self) -> FedAvgClient:
+    def client(self) -> ClientHalf:
         """The client half."""
         return self._client
 
