@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from fedml_plugin_fedmosaic.config.judge import JudgeConfig
 from fedml_plugin_fedmosaic.config.shift import ShiftConfig
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
@@ -289,6 +290,8 @@ class EvalConfig:
     """Strategies to run beside the main one at equal compute, for the table."""
     base: bool = True
     """Evaluate the untouched base models, for the table."""
+    judge: JudgeConfig | None = None
+    """Grades tasks with the metric ``Judge``: keys url, model, record, key_variable; see docs."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

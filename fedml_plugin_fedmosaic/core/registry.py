@@ -142,6 +142,19 @@ SOURCES = Registry(
         "text": f"{_ROOT}.data.text_tasks:TextSource",
     },
 )
+METRICS = Registry(
+    "metrics",
+    {
+        "Bleu-1": f"{_ROOT}.data.text_metrics:bleu_1",
+        "Bleu-2": f"{_ROOT}.data.text_metrics:bleu_2",
+        "Bleu-3": f"{_ROOT}.data.text_metrics:bleu_3",
+        "Bleu-4": f"{_ROOT}.data.text_metrics:bleu",
+        "CIDEr": f"{_ROOT}.data.text_metrics:cider",
+        "METEOR": f"{_ROOT}.data.text_metrics:meteor",
+        "METEOR-stem": f"{_ROOT}.data.text_metrics:meteor_stem",
+        "RougeL": f"{_ROOT}.data.text_metrics:rouge_l",
+    },
+)
 COMMUNICATORS = Registry(
     "communicators",
     {

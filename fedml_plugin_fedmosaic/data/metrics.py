@@ -1,8 +1,9 @@
 """Scores of answers, over plain Python data.
 
-The protocol follows FedMosaic (arXiv 2506.11024): accuracy on multi-choice tasks, token F1 or
-ROUGE-L on open-ended ones, A_last and A_AUC over rounds. The multi-choice scorer of the released
-code is kept as mode ``official``; the default mode does not take the article "a" for an option.
+The protocol follows FedMosaic (arXiv 2506.11024): accuracy on multi-choice tasks, token F1 or a
+text metric (:mod:`.text_metrics`) on open-ended ones, A_last and A_AUC over rounds. The
+multi-choice scorer of the released code is kept as mode ``official``; the default mode does not
+take the article "a" for an option.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Literal
 
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
+from fedml_plugin_fedmosaic.data.text_metrics import check_pairs
 
 ChoiceMode = Literal["default", "official"]
 
@@ -232,7 +234,7 @@ def token_f1(
     Raises:
         DataError: no answer, or not as many predictions as gold answers.
     """
-    _check_pairs(predictions, golds)
+    check_pairs(predictions, golds)
     ignored = set() if mode == "official" else set(special)
     start = 1 if mode == "official" else 0
     matched, predicted, wanted = start, start, 0
@@ -243,52 +245,6 @@ def token_f1(
         wanted += len(meant)
     total = predicted + wanted
     return min(1.0, 2 * matched / total) if total else 0.0
-
-
-def rouge_l(predictions: Sequence[str], golds: Sequence[str], beta: float = 1.2) -> float:
-    """Mean ROUGE-L: F measure of the longest common subsequence of lower-cased words.
-
-    Args:
-        predictions: generated answers.
-        golds: gold answers.
-        beta: weight of recall against precision; 1.2 is customary for captions.
-
-    Returns:
-        A number in [0, 1].
-
-    Raises:
-        DataError: no answer, or not as many predictions as gold answers.
-    """
-    _check_pairs(predictions, golds)
-    scores = []
-    for prediction, gold in zip(predictions, golds, strict=True):
-        said, meant = (re.findall(r"\w+", text.lower()) for text in (prediction, gold))
-        common = _longest_common_subsequence(said, meant)
-        if common == 0:
-            scores.append(0.0)
-            continue
-        precision, recall = common / len(said), common / len(meant)
-        scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision))
-    return sum(scores) / len(scores)
-
-
-def _check_pairs(predictions: Sequence[object], golds: Sequence[object]) -> None:
-    if not golds or len(predictions) != len(golds):
-        raise DataError(
-            f"{len(predictions)} predictions for {len(golds)} gold answers; expected as many, and "
-            "at least one"
-        )
-
-
-def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    row = [0] * (len(second) + 1)
-    for word in first:
-        diagonal = 0
-        for position, other in enumerate(second, start=1):
-            above = row[position]
-            row[position] = diagonal + 1 if word == other else max(above, row[position - 1])
-            diagonal = above
-    return row[-1]
 
 
 def a_last(curve: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, cast
 
 from fedml_plugin_fedmosaic.config.loader import bundled_config
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.core.registry import METRICS
 from fedml_plugin_fedmosaic.data.base import TaskSpec
 
 DUMMY = "dummy"
@@ -22,7 +23,8 @@ DUMMY = "dummy"
 _CLIENT_FIELDS = {"client_id", "model_id", "datasets"}
 _TASK_FIELDS = {"dataset", "subset_id", "type", "metric", "Desc"}
 _KINDS = ("multi-choice", "open-ended")
-_METRICS = ("F1", "RougeL")
+OTHER_METRICS = ("F1", "Judge")
+"""Metrics of open-ended tasks that need more than two texts; the others are on their shelf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ def _task_problems(task: object, where: str) -> list[str]:
     subset = task.get("subset_id", 0)
     if not _is_int(subset) or subset < 0:
         problems.append(f"{where}: expected subset_id to be a number from 0, got {subset!r}")
-    for key, allowed in (("type", _KINDS), ("metric", _METRICS)):
+    for key, allowed in (("type", _KINDS), ("metric", (*OTHER_METRICS, *METRICS))):
         if key in task and task[key] not in allowed:
             problems.append(f"{where}: expected {key} in {', '.join(allowed)}, got {task[key]!r}")
     return problems

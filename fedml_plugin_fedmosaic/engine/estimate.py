@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, ModelSpec, SketchConfig
-from fedml_plugin_fedmosaic.engine.shapes import ModelShape
+from fedml_plugin_fedmosaic.engine.shapes import Linear, ModelShape
 from fedml_plugin_fedmosaic.equations.blocks import block_end_layers
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -78,7 +78,7 @@ def adapter_size(shape: ModelShape, config: AdapterConfig, kind: str) -> Adapter
         AdapterError: the model has fewer layers than blocks.
     """
     rank = config.rank
-    linears = [linear for linear in shape.linears if linear.module in config.target_modules]
+    linears = _carriers(shape, config)
     factors = [rank * (linear.in_features + linear.out_features) for linear in linears]
     if kind != "pq_lora":
         branches = 2 if kind == "dual_lora" else 1
@@ -93,6 +93,13 @@ def adapter_size(shape: ModelShape, config: AdapterConfig, kind: str) -> Adapter
         frozen=sum(size for size, end in zip(factors, at_ends, strict=True) if end),
         branches=2,
     )
+
+
+def _carriers(shape: ModelShape, config: AdapterConfig) -> list[Linear]:
+    """The linears that carry an adapter."""
+    if "all-linear" in config.target_modules:
+        return list(shape.linears)
+    return [linear for linear in shape.linears if linear.module in config.target_modules]
 
 
 def reference_trainable(shape: ModelShape, config: AdapterConfig) -> int:
@@ -224,7 +231,7 @@ def activation_bytes(
         checkpointing: whether layers are computed again in the backward pass.
         mask_bytes: of a value of a dropout mask: 1 on a GPU, 4 on a processor.
     """
-    linears = [linear for linear in shape.linears if linear.module in config.target_modules]
+    linears = _carriers(shape, config)
     inputs = sum(linear.in_features for linear in linears) // shape.layers
     count = len(linears) // shape.layers
     base = 8 * shape.hidden + base_bytes * (4 * shape.attention + 3 * shape.inner)

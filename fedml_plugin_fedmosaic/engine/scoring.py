@@ -8,14 +8,16 @@ from typing import Any
 
 from fedml_plugin_fedmosaic.config.sections import EvalConfig
 from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.core.registry import METRICS
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
+from fedml_plugin_fedmosaic.data.judge import judged, make_judge
 from fedml_plugin_fedmosaic.data.metrics import (
     accuracy,
     choice_is_correct,
     parse_choices,
-    rouge_l,
     token_f1,
 )
+from fedml_plugin_fedmosaic.data.scenario import OTHER_METRICS
 from fedml_plugin_fedmosaic.engine.base import Score
 from fedml_plugin_fedmosaic.engine.evaluate import generate_answers, rank_choices
 from fedml_plugin_fedmosaic.engine.processor import Processor
@@ -34,8 +36,8 @@ def score_task(
 
     Multi-choice tasks are judged by accuracy, from generated answers or from the likelihood of the
     choices in the prompt; a prompt without choices counts as wrong in both. Open-ended tasks are
-    always generated and judged by the task's ``metric``: ``F1`` of token sets, or ``RougeL``
-    (default).
+    always generated and judged by the task's ``metric``: ``F1`` of token sets, ``Judge`` (a
+    language model that grades), or a member of the METRICS shelf; ``RougeL`` if it names none.
 
     Args:
         model: in evaluation mode.
@@ -64,7 +66,7 @@ def score_task(
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
         )
-        value = _judge(answers, samples, metric, processor)
+        value = _value(answers, samples, metric, processor, config)
     return Score(task=task.name, value=value, num_samples=len(samples), metric=metric)
 
 
@@ -72,9 +74,10 @@ def _metric(task: TaskSpec) -> str:
     if task.kind == "multi-choice":
         return "accuracy"
     metric = task.metric or "RougeL"
-    if metric not in ("F1", "RougeL"):
+    if metric not in METRICS and metric not in OTHER_METRICS:
         raise ConfigError(
-            f"task {task.name!r}: unknown metric {metric!r}; expected F1 or RougeL",
+            f"task {task.name!r}: unknown metric {metric!r}; expected "
+            f"{', '.join((*OTHER_METRICS, *METRICS))}",
             hint="correct the scenario file",
         )
     return metric
@@ -106,8 +109,12 @@ def _ranked_accuracy(
     return accuracy(correct)
 
 
-def _judge(
-    answers: Sequence[str], samples: Sequence[Sample], metric: str, processor: Processor
+def _value(
+    answers: Sequence[str],
+    samples: Sequence[Sample],
+    metric: str,
+    processor: Processor,
+    config: EvalConfig,
 ) -> float:
     golds = [sample.answer for sample in samples]
     if metric == "accuracy":
@@ -120,4 +127,11 @@ def _judge(
             [processor.token_ids(answer) for answer in answers],
             [processor.token_ids(gold) for gold in golds],
         )
-    return rouge_l(answers, golds)
+    if metric == "Judge":
+        if config.judge is None:
+            raise ConfigError(
+                "a task has the metric Judge, but eval_args.evaluation.judge is not set",
+                hint="give it the url of a service, or a record of responses",
+            )
+        return judged(answers, samples, make_judge(config.judge))
+    return float(METRICS[metric](answers, golds))

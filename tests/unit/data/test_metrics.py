@@ -12,7 +12,6 @@ from fedml_plugin_fedmosaic.data.metrics import (
     choice_is_correct,
     infer_choice,
     parse_choices,
-    rouge_l,
     token_f1,
 )
 
@@ -102,24 +101,6 @@ def test_token_f1_sums_over_answers() -> None:
     assert token_f1([[]], [[]]) == 0.0
     with pytest.raises(DataError, match="1 predictions for 2"):
         token_f1([[1]], [[1], [2]])
-
-
-def test_rouge_l_is_the_f_measure_of_the_common_subsequence() -> None:
-    assert rouge_l(["The cat sat."], ["the cat sat"]) == pytest.approx(1.0)
-    assert rouge_l(["fish"], ["the cat"]) == 0.0
-    precision, recall, beta = 2 / 3, 2 / 4, 1.2
-    expected = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
-    assert rouge_l(["a x c"], ["a b c d"]) == pytest.approx(expected)
-    assert rouge_l(["", "yes"], ["no", "yes"]) == pytest.approx(0.5)
-    with pytest.raises(DataError, match="0 predictions"):
-        rouge_l([], [])
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.sampled_from("abc"), max_size=8))
-def test_rouge_l_stays_between_zero_and_one(first: list[str], second: list[str]) -> None:
-    score = rouge_l([" ".join(first)], [" ".join(second)])
-    assert 0 <= score <= 1 + 1e-12
-    assert (score == 0) == (not set(first) & set(second))
 
 
 def test_curve_summaries() -> None:

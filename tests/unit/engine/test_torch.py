@@ -299,7 +299,7 @@ def test_open_ended_tasks_are_generated_in_either_mode(bundle, metric):
 def test_an_unknown_metric_and_an_empty_test_set(bundle):
     engine = make(bundle, "lora")
     bleu = TaskSpec(dataset="words", subset_id=0, metric="BLEU")
-    with pytest.raises(ConfigError, match="expected F1 or RougeL"):
+    with pytest.raises(ConfigError, match="expected F1, Judge, Bleu-1"):
         engine.evaluate(None, View.BASE, text_samples(1), bleu)
     empty = engine.evaluate(None, View.BASE, (), TASK)
     assert empty.num_samples == 0
