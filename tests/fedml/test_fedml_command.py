@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fedml_plugin_fedmosaic.core.registry import STRATEGIES
+
 pytestmark = [pytest.mark.fedml, pytest.mark.timeout(600)]
 
 DRIVER = """
@@ -148,7 +150,7 @@ def test_the_number_of_ranks_arrives(extended):
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("run --algo nope", "unknown algorithm 'nope'; known: fedavg, fedmosaic, local"),
+        ("run --algo nope", f"unknown algorithm 'nope'; known: {', '.join(STRATEGIES)}"),
         ("run --algo fedmosaic list", "--algo cannot be combined with sub-command 'list'"),
         ("run --cf my.yaml", "--cf needs --algo NAME"),
         ("run --algo fedmosaic -k secret", "has no meaning with --algo"),

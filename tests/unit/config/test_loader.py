@@ -12,6 +12,7 @@ import pytest
 from fedml_plugin_fedmosaic.config.loader import load_experiment
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.errors import ConfigError
+from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 
 Write = Callable[[str], Path]
 
@@ -60,7 +61,7 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(write: Write
     assert problems(path) == [
         "c.yaml:2: common_args.random_sed: unknown key; did you mean 'random_seed'?",
         "c.yaml:4: train_args.federated_optimizer: unknown strategy 'FedMosaics'; "
-        "known: fedavg, fedmosaic, local; did you mean 'fedmosaic'?",
+        f"known: {', '.join(STRATEGIES)}; did you mean 'fedmosaic'?",
         'c.yaml:5: train_args.comm_round: must be a whole number (got "two")',
         "c.yaml:6: tracking_args: the section is empty; give it keys or remove it",
         "c.yaml:8: adapter_args.adapter.rank: must be >= 1 (got -4)",
