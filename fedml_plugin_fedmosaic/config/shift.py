@@ -45,8 +45,8 @@ class ShiftConfig:
     """Round in which client 0 gets the first of it."""
     novel_lag: _NonNegative = 0.0
     """Rounds from one client to the next, in the order of their ids; 0: everywhere at once."""
-    present: Mapping[int, tuple[Rounds, ...]] = Field(default_factory=dict)
-    """Client id -> list of ``[first, last]`` rounds of its presence, e.g. ``{3: [[1, 4]]}``."""
+    present: Mapping[str, tuple[Rounds, ...]] = Field(default_factory=dict)
+    """Client id -> list of ``[first, last]`` rounds of its presence, e.g. ``{"3": [[1, 4]]}``."""
     late_share: _Share = 0.0
     """Share of the other clients that join after round 1, each at a random round."""
     leave_rate: _Share = 0.0
@@ -70,6 +70,8 @@ class ShiftConfig:
         for name, rounds in self.windows.items():
             _check_rounds(f"windows of task {name}", rounds)
         for client, ranges in self.present.items():
+            if not (client.isascii() and client.isdigit()):
+                raise ValueError(f"present has client {client!r}; expected an id such as '3'")
             for rounds in ranges:
                 _check_rounds(f"present of client {client}", rounds)
         kind, _, value = (self.novel or "task:-").partition(":")
@@ -77,6 +79,11 @@ class ShiftConfig:
             raise ValueError(
                 f"novel is {self.novel!r}; expected task:NAME, label:ANSWER or group:NAME"
             )
+
+    @property
+    def attendance(self) -> dict[int, tuple[Rounds, ...]]:
+        """``present`` by client id."""
+        return {int(client): ranges for client, ranges in self.present.items()}
 
     @property
     def moves_data(self) -> bool:

@@ -42,12 +42,12 @@ def presence(
     Raises:
         DataError: fewer than ``min_present`` clients can be there in some round.
     """
-    everyone = sorted(client_ids)
-    movable = [client for client in everyone if client not in shift.present]
+    everyone, listed = sorted(client_ids), shift.attendance
+    movable = [client for client in everyone if client not in listed]
     joins = _joins(movable, num_rounds, shift.late_share, seed)
     there = {client: _walk(client, joins[client], num_rounds, shift, seed) for client in movable}
-    for client in set(everyone) & set(shift.present):
-        ranges = shift.present[client]
+    for client in set(everyone) & set(listed):
+        ranges = listed[client]
         there[client] = [
             any(first <= index + 1 <= last for first, last in ranges) for index in range(num_rounds)
         ]

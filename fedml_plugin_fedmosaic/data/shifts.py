@@ -193,7 +193,7 @@ def check_shift(data: FederatedData, shift: ShiftConfig, num_rounds: int) -> Non
     late = {name: first for name, (first, _) in shift.windows.items() if first > num_rounds}
     if late:
         raise DataError(f"shift.windows: {late} begin after the last round, {num_rounds}")
-    strangers = sorted(set(shift.present) - {client.client_id for client in data.clients})
+    strangers = sorted(set(shift.attendance) - {client.client_id for client in data.clients})
     if strangers:
         raise DataError(
             f"shift.present names clients {strangers}; scenario {data.name} has clients "

@@ -21,7 +21,7 @@ def test_everybody_is_there_by_default() -> None:
 
 
 def test_a_list_says_who_joins_leaves_and_returns() -> None:
-    shift = ShiftConfig(present={1: ((3, 9),), 2: ((1, 2),), 3: ((1, 1), (4, 5))})
+    shift = ShiftConfig(present={"1": ((3, 9),), "2": ((1, 2),), "3": ((1, 1), (4, 5))})
     schedule = presence(range(4), 5, shift, seed=0)
     assert [_rounds(client, schedule) for client in range(4)] == [
         [1, 2, 3, 4, 5],
@@ -82,7 +82,7 @@ def test_clients_without_data_are_away() -> None:
 
 
 def test_a_round_without_clients_is_refused() -> None:
-    shift = ShiftConfig(present={0: ((1, 1),), 1: ((3, 3),)})
+    shift = ShiftConfig(present={"0": ((1, 1),), "1": ((3, 3),)})
     with pytest.raises(DataError, match="round 2: 0 clients are there and 0 could come back"):
         presence(range(2), 3, shift, 0)
 

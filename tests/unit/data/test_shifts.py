@@ -217,7 +217,7 @@ def test_names_are_checked_against_the_data() -> None:
     for options, text in (
         ({"windows": {"T9-0": (1, 2)}}, r"\['T9-0'\]"),
         ({"windows": {"T1-0": (5, 6)}}, "after the last round, 4"),
-        ({"present": {7: ((1, 2),)}}, r"clients \[7\]"),
+        ({"present": {"7": ((1, 2),)}}, r"clients \[7\]"),
         ({"novel": "label:cow"}, "no training sample"),
     ):
         with pytest.raises(DataError, match=text):
@@ -229,7 +229,8 @@ def test_names_are_checked_against_the_data() -> None:
     [
         ({"time_field": "year", "label_alpha": 1.0}, "time_field fixes the order"),
         ({"windows": {"T": (3, 2)}}, "first <= last"),
-        ({"present": {0: ((3, 2),)}}, "present of client 0"),
+        ({"present": {"0": ((3, 2),)}}, "present of client 0"),
+        ({"present": {"two": ((1, 2),)}}, "expected an id"),
         ({"novel": "colour:red"}, "task:NAME, label:ANSWER or group:NAME"),
         ({"novel": "label:"}, "task:NAME"),
         ({"label_alpha": 0.0}, "greater than 0"),

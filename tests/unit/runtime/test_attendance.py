@@ -43,7 +43,7 @@ def test_without_a_shift_the_strategy_chooses() -> None:
 
 
 def test_who_is_away_is_never_selected() -> None:
-    attendance = Attendance(_experiment(present={1: ((3, 4),), 2: ((1, 2),)}), _data())
+    attendance = Attendance(_experiment(present={"1": ((3, 4),), "2": ((1, 2),)}), _data())
     assert [attendance.present(index) for index in range(4)] == [(0, 2), (0, 2), (0, 1), (0, 1)]
     assert attendance.cohort((0, 1, 2), 0) == (0, 2)
     assert attendance.cohort((1,), 0) in ((0,), (2,))
@@ -63,7 +63,7 @@ def test_samples_of_absent_rounds_wait_for_the_client() -> None:
 
 
 def test_a_client_without_data_joins_when_its_first_sample_arrives() -> None:
-    experiment = _experiment(rounds=5, windows={"words-0": (3, 4)}, present={0: ((1, 5),)})
+    experiment = _experiment(rounds=5, windows={"words-0": (3, 4)}, present={"0": ((1, 5),)})
     with pytest.raises(DataError, match="round 1: 0 clients are there"):
         Attendance(experiment, _data())
     other = TaskSpec(dataset="more", subset_id=0)
@@ -99,7 +99,7 @@ def test_a_stream_without_memory_needs_samples_in_every_round() -> None:
 
 def test_the_schedule_is_a_table() -> None:
     table = schedule_table(
-        _experiment(present={1: ((2, 2),)}, windows={"words-0": (1, 3)}), _data(2)
+        _experiment(present={"1": ((2, 2),)}, windows={"words-0": (1, 3)}), _data(2)
     )
     assert table.columns == ("client", "round 1", "round 2", "round 3", "round 4")
     assert table.rows == (
