@@ -2,13 +2,14 @@
 
 Every micro-batch runs the pass's objectives one after the other; their gradients add up in
 different branches, and one optimizer step serves them all. A teacher's logits are computed before
-the student's graph is built; logits of a model that was a student of the same micro-batch are used
-again.
+the student's graph is built, without dropout; logits of a model that was a student of the same
+micro-batch are used again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,9 @@ class ObjectiveStep:
         model: Any = adapter.model
         recomputed = any(
             getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        )
+        self._has_dropout = any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
         )
         if View.ENSEMBLE in views and recomputed:
             raise AdapterError(
@@ -199,10 +203,23 @@ class ObjectiveStep:
             raise RuntimeError("no teacher")
         return SimpleNamespace(logits=mean / len(term.teachers), mask=None)
 
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """A teacher answers without dropout."""
+        model: Any = self._adapter.model
+        if not self._has_dropout:
+            yield
+            return
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train()
+
     def _run(self, teacher: ModelRef, inputs: Batch, positions: Tensor, seen: Seen) -> Tensor:
         key = (teacher.overlay, teacher.view)
         if key not in seen:
-            with torch.no_grad(), self._sets.laid(teacher.overlay):
+            with torch.no_grad(), self._quiet(), self._sets.laid(teacher.overlay):
                 seen[key] = view_logits(self._adapter, teacher.view, inputs, positions)
             self._tally.passes(inputs, forwards=num_models(teacher.view))
         return seen[key]

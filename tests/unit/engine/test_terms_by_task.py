@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from tiny_models import save_text_model, text_samples
+from torch.nn import Dropout
 
 from fedml_plugin_fedmosaic.config.sections import (
     AdapterConfig,
@@ -15,7 +17,7 @@ from fedml_plugin_fedmosaic.config.sections import (
     ModelSpec,
     OptimConfig,
 )
-from fedml_plugin_fedmosaic.core.types import Branch, View
+from fedml_plugin_fedmosaic.core.types import Branch, Part, View
 from fedml_plugin_fedmosaic.core.work import (
     Distillation,
     ModelRef,
@@ -81,6 +83,29 @@ def test_a_term_is_for_samples_of_its_tasks(engine: TorchEngine, start: Any) -> 
     two = (TERM, replace(everywhere, weight=4.0, tasks=("words-1",)))
     expected = (full[FIRST] + 2 * full[SECOND] - task[SECOND]) / 2
     assert loss(engine, start, mixed, *two) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_answers_without_dropout(engine: TorchEngine, start: Any) -> None:
+    # B = 0 makes the student deaf to dropout; the teacher is not.
+    deaf = {
+        key: torch.zeros_like(value) if key.branch is Branch.LOCAL and key.part is Part.B else value
+        for key, value in start.items()
+    }
+    layers = [m for m in engine.adapter.model.modules() if isinstance(m, LoraLayer)]
+    before = [dict(layer.lora_dropout.items()) for layer in layers]
+    own = replace(PASS, task_weight=0.0, distil=(TERM,))
+    sets = {"t": {k: 2.0 * v for k, v in start.items() if k.branch is Branch.GLOBAL}}
+    try:
+        for layer in layers:
+            layer.lora_dropout.update({name: Dropout(0.5) for name in layer.lora_dropout})
+        losses = {
+            engine.fit(own, deaf, [FIRST], seed=seed, sets=sets).losses[0] for seed in range(3)
+        }
+    finally:
+        for layer, kept in zip(layers, before, strict=True):
+            layer.lora_dropout.update(kept)
+    assert len(losses) == 1
+    assert losses.pop() > 1e-3
 
 
 def test_a_probe_shows_a_model_its_tasks_only(engine: TorchEngine, start: Any) -> None:
