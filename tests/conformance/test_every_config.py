@@ -52,7 +52,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scaled_model(name: str, spec: Any, zoo: Path) -> Any:
     """The same kind of model, small; other families than these stand as the nearest of them."""
     family = "qwen2" if "qwen" in f"{name} {spec.path}".lower() else "llama"
-    kind = "image" if spec.path.endswith("_vl") or "bundled:" in spec.path else "text"
+    small = ("bundled:", "cached:")
+    kind = "image" if spec.path.endswith("_vl") or spec.path.startswith(small) else "text"
     size = spec.size if spec.size in LAYERS else "1B"
     layers = None if spec.layers is None else 4
     path = zoo / f"{kind}-{family}-{size}"

@@ -63,7 +63,7 @@ def scenarios_of(variant: Variant) -> dict[str, list[dict[str, Any]]]:
     """Scenarios by name, in the published format.
 
     ``unseen_new_visual_domain`` and ``unseen_new_task_type`` have one client per unseen task, as
-    DRAKE's have.
+    DRAKE's have; ``unseen`` has both.
     """
     clients = clients_of(variant)
     found = {
@@ -73,9 +73,10 @@ def scenarios_of(variant: Variant) -> dict[str, list[dict[str, Any]]]:
         ]
         for name, models in MIXES.items()
     }
-    for kind in ("new visual domain", "new task type"):
-        tasks = [task for task in tasks_of(variant) if task.unseen == kind]
-        found[f"unseen_{kind.replace(' ', '_')}"] = [
-            _client(number, SMALL, [task]) for number, task in enumerate(tasks)
+    new = [task for task in tasks_of(variant) if task.unseen is not None]
+    for kind in (None, "new visual domain", "new task type"):
+        chosen = [task for task in new if kind in (None, task.unseen)]
+        found["unseen" if kind is None else f"unseen_{kind.replace(' ', '_')}"] = [
+            _client(number, SMALL, [task]) for number, task in enumerate(chosen)
         ]
     return found
