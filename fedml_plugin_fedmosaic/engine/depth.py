@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from fedml_plugin_fedmosaic.core.errors import ConfigError
-from fedml_plugin_fedmosaic.engine.derived import MANIFEST, derived_folder
+from fedml_plugin_fedmosaic.engine.derived import MANIFEST, derived_folder, no_progress_bars
 from fedml_plugin_fedmosaic.engine.parts import decoder_layers
 
 LOG = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class CutReport:
     tokens: int
 
 
+@no_progress_bars()
 def cut_model(
     name: str, source: Path, keep: int, out: Path, texts: Sequence[str] = SAMPLE_TEXTS
 ) -> CutReport:

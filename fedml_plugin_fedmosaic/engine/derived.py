@@ -11,9 +11,12 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as hf_logging
 
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.core.errors import ConfigError
@@ -81,3 +84,15 @@ def made_from(folder: Path) -> dict[str, Any]:
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Transformers draws bars while loading weights; the screen belongs to the command line."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

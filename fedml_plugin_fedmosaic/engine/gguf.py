@@ -29,7 +29,7 @@ import torch
 from packaging.requirements import Requirement
 
 from fedml_plugin_fedmosaic.core.errors import ConfigError
-from fedml_plugin_fedmosaic.engine.derived import derived_folder
+from fedml_plugin_fedmosaic.engine.derived import derived_folder, no_progress_bars
 
 LOG = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def converted_folder(name: str, path: str) -> Path:
     def build(folder: Path) -> Mapping[str, Any]:
         _require_gguf(name)
         LOG.info("model %s: unpacking %s once, into the cache", name, file.name)
-        with _joined(name, file, folder) as (whole, digest):
+        with _joined(name, file, folder) as (whole, digest), no_progress_bars():
             _convert(name, whole, folder)
         return {"sha256": digest}
 

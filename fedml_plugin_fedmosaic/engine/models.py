@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.utils import cached_file, is_flash_attn_2_available
-from transformers.utils import logging as hf_logging
 
 from fedml_plugin_fedmosaic.adapters.base import InjectedAdapter
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
@@ -33,6 +31,7 @@ from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.data.prompt import PLAIN_TEMPLATE, PromptEncoder
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
+from fedml_plugin_fedmosaic.engine.derived import no_progress_bars
 from fedml_plugin_fedmosaic.engine.parts import (
     decoder_layers,
     down_projection,
@@ -153,7 +152,7 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
             this package cannot train.
     """
     source = model_folder(name, spec)
-    with errors_named(name, spec.path), _no_progress_bars():
+    with errors_named(name, spec.path), no_progress_bars():
         loader, _ = model_class(source)
         model, report = loader.from_pretrained(
             source,
@@ -292,18 +291,6 @@ def size_label(num_parameters: int) -> str:
     if num_parameters >= 100_000:
         return f"{num_parameters / 1e6:.1f}M"
     return f"{num_parameters / 1e3:.0f}K"
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Transformers draws bars while loading weights; the screen belongs to the command line."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def _load_tokenizer(source: str) -> Any:

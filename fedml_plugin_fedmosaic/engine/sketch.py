@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,9 +195,8 @@ class SketchEngine:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Output and input width of a linear, also if it is wrapped or its weight is packed."""
-    if not isinstance(module, nn.Linear):
-        module = module.get_submodule("base_layer")
-    return int(module.out_features), int(module.in_features)
+    linear: Any = module if isinstance(module, nn.Linear) else module.get_submodule("base_layer")
+    return int(linear.out_features), int(linear.in_features)
 
 
 def _weight(module: nn.Module) -> Tensor:
