@@ -27,7 +27,7 @@ _MAKE = "make it with 'fedmosaic align --cf FILE'"
 
 def wants_alignment(experiment: Experiment, adapter: str) -> bool:
     """Whether a strategy with this adapter takes aligned A and B."""
-    return experiment.adapter.alignment is not None and adapter != "lora"
+    return experiment.adapter.alignment is not None and adapter not in ("lora", "dual_lora")
 
 
 def load_alignment(
