@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Folder of the benchmark; runs/bench-NAME by default.",
 )
+@click.option(
+    "--unseen",
+    is_flag=True,
+    help="Then adapt every cell's adapters to the benchmark's unseen tasks, on this machine.",
+)
 @click.option("--list", "listed", is_flag=True, help="List the bundled benchmarks and stop.")
 @cell_options
 @debug_option
@@ -57,6 +62,7 @@ def command(
     labels: tuple[str, ...],
     overrides: tuple[str, ...],
     run_dir: Path | None,
+    unseen: bool,
     listed: bool,
     **options: Any,
 ) -> None:
@@ -72,6 +78,7 @@ def command(
       fedmosaic bench --list
       fedmosaic bench quickstart --jobs 2
       fedmosaic bench drake-lite --strategies local,fedavg,fedmosaic --seeds 3
+      fedmosaic bench drake-lite --unseen
       fedmosaic bench drake-lite --launcher slurm --partition gpu --time 4:00:00
     """
     from fedml_plugin_fedmosaic.core.errors import LaunchError
@@ -91,6 +98,8 @@ def command(
         spec = comparison_spec(cf, overrides, benchmark.strategies, options)
         specs[label] = spec
         complete &= run_cells(spec, folder / label, options)
+        if unseen and not options["dry_run"]:
+            _adapt(benchmark, spec, folder / label)
     if options["dry_run"]:
         return
     words = ["fedmosaic", "bench", name, "--strategies", ",".join(benchmark.strategies)]
@@ -127,6 +136,27 @@ def _chosen(benchmark: Benchmark, strategies: str | None, labels: tuple[str, ...
     configs = {k: v for k, v in benchmark.configs.items() if not labels or k in labels}
     names = benchmark.strategies if strategies is None else chosen_strategies(strategies)
     return replace(benchmark, configs=configs, strategies=names)
+
+
+def _adapt(benchmark: Benchmark, spec: ComparisonSpec, folder: Path) -> None:
+    """Tries the adapters of every finished cell on the unseen tasks, as far as nobody has yet."""
+    from fedml_plugin_fedmosaic.launch.comparison import cell_folders, make_comparison
+    from fedml_plugin_fedmosaic.report.adaptation import read_adaptations
+    from fedml_plugin_fedmosaic.report.cells import finished_run
+    from fedml_plugin_fedmosaic.report.html import write_report
+    from fedml_plugin_fedmosaic.runtime.adaptation import adapt_run
+
+    for strategy, seeds in cell_folders(folder, make_comparison(spec)).items():
+        for seed, cell in seeds.items():
+            if finished_run(cell, strategy) is None:
+                continue
+            known = {task.scenario for task in read_adaptations(cell)}
+            missing = [name for name in benchmark.unseen if name not in known]
+            for scenario in missing:
+                click.echo(f"unseen     {strategy}, seed {seed}: {scenario}")
+                adapt_run(cell, scenario)
+            if missing:
+                write_report(cell)
 
 
 def _conclude(

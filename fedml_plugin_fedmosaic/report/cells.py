@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedml_plugin_fedmosaic.report.adaptation import AdaptedTask, read_adaptations
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, load_run, with_stream
 from fedml_plugin_fedmosaic.report.records import BASE, CLIENTS_FILE, METRICS_FILE
 
@@ -23,12 +24,14 @@ class Joined:
         seeds: of the runs.
         strategies: that were asked for, in order.
         missing: (strategy, seed) of the cells that have not finished.
+        adapted: what the cells' adapters are worth on unseen tasks, where someone has looked.
     """
 
     runs: tuple[Run, ...]
     seeds: tuple[int, ...]
     strategies: tuple[str, ...]
     missing: tuple[tuple[str, int], ...]
+    adapted: tuple[AdaptedTask, ...] = ()
 
 
 def finished_run(folder: Path, strategy: str) -> Run | None:
@@ -52,6 +55,7 @@ def join_cells(cells: Cells) -> Joined:
     """
     by_seed: dict[int, dict[str, Run]] = {}
     missing = []
+    adapted: list[AdaptedTask] = []
     for strategy, seeds in cells.items():
         for seed, folder in seeds.items():
             run = finished_run(folder, strategy)
@@ -59,12 +63,14 @@ def join_cells(cells: Cells) -> Joined:
                 missing.append((strategy, seed))
             else:
                 by_seed.setdefault(seed, {})[strategy] = run
+                adapted += read_adaptations(folder)
     seeds_found = tuple(sorted(by_seed))
     return Joined(
         runs=tuple(_one_run(by_seed[seed]) for seed in seeds_found),
         seeds=seeds_found,
         strategies=tuple(cells),
         missing=tuple(missing),
+        adapted=tuple(adapted),
     )
 
 

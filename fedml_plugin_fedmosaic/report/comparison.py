@@ -8,6 +8,11 @@ from pathlib import Path
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.statistics import mean_interval
 from fedml_plugin_fedmosaic.report import plots
+from fedml_plugin_fedmosaic.report.adaptation import (
+    AdaptedTask,
+    adaptation_means,
+    unseen_section,
+)
 from fedml_plugin_fedmosaic.report.html import render, write_page
 from fedml_plugin_fedmosaic.report.learning import task_boundaries
 from fedml_plugin_fedmosaic.report.matrix_plots import heat_map
@@ -172,12 +177,15 @@ def _runs_table(runs: Sequence[Run]) -> SummaryTable:
     return SummaryTable(columns, rows, [], num_left=2)
 
 
-def comparison_sections(runs: Sequence[Run], notes: Sequence[str] = ()) -> list[Section]:
+def comparison_sections(
+    runs: Sequence[Run], notes: Sequence[str] = (), adapted: Sequence[AdaptedTask] = ()
+) -> list[Section]:
     """What a page says of several runs.
 
     Args:
         runs: at least one.
         notes: sentences below the first table, e.g. about runs that are missing.
+        adapted: scores on unseen tasks.
     """
     table = score_table(runs)
     table.notes.extend(notes)
@@ -187,6 +195,7 @@ def comparison_sections(runs: Sequence[Run], notes: Sequence[str] = ()) -> list[
         _differences(runs),
         _rounds(runs),
         _clients(runs),
+        unseen_section(adapted, adaptation_means(adapted)) if adapted else None,
         Section("cost", "Cost", table=cost_table(runs)),
         Section("runs", "Runs", table=_runs_table(runs)),
     )
@@ -212,7 +221,12 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def write_runs_page(
-    runs: Sequence[Run], out: Path, *, title: str | None = None, notes: Sequence[str] = ()
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    title: str | None = None,
+    notes: Sequence[str] = (),
+    adapted: Sequence[AdaptedTask] = (),
 ) -> Path:
     """Like :func:`write_comparison`, for runs that are already read; at least one."""
     names = [name for name in strategies_of(runs) if name != BASE]
@@ -220,6 +234,6 @@ def write_runs_page(
         title=title or f"Comparison of {', '.join(names) or 'runs'}",
         subtitle=f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
         numbers=[],
-        sections=comparison_sections(runs, notes),
+        sections=comparison_sections(runs, notes, adapted),
     )
     return write_page(out, text)

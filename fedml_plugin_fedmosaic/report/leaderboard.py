@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedml_plugin_fedmosaic.report import plots
+from fedml_plugin_fedmosaic.report.adaptation import adaptation_means
 from fedml_plugin_fedmosaic.report.cells import Joined
 from fedml_plugin_fedmosaic.report.comparison import score_intervals
 from fedml_plugin_fedmosaic.report.html import render, write_page
@@ -168,6 +169,9 @@ def leaderboard_sections(comparisons: Comparisons) -> list[Section]:
     for label, joined in comparisons.items():
         sections.append(Section(f"scores-{label}", label, table=score_table(joined.runs)))
         sections.append(Section(f"cost-{label}", f"{label}: cost", table=cost_table(joined.runs)))
+        if joined.adapted:
+            table = adaptation_means(joined.adapted)
+            sections.append(Section(f"unseen-{label}", f"{label}: unseen tasks", table=table))
     return [section for section in sections if section is not None]
 
 

@@ -83,6 +83,48 @@ def curves(
         return to_svg(figure, label)
 
 
+def update_curves(
+    singles: Mapping[str, Mapping[int, Curve]],
+    means: Mapping[str, Curve],
+    *,
+    ylabel: str,
+    label: str,
+    scale: float = 1.0,
+) -> str:
+    """Lines over optimizer steps: single tasks faint, their mean bold, one colour a start.
+
+    Args:
+        singles: start -> task -> steps -> value.
+        means: start -> steps -> mean value.
+        ylabel: axis label with its unit.
+        label: what the figure shows, for screen readers.
+        scale: factor on all values.
+
+    Returns:
+        An SVG element.
+    """
+    with mpl.rc_context(STYLE):
+        figure = new_figure(6.4, 3.1)
+        axes = figure.subplots()
+        ends = []
+        for number, (name, line) in enumerate(means.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            for single in singles.get(name, {}).values():
+                values = [scale * value for value in single.values()]
+                axes.plot(list(single), values, color=colour, alpha=0.22, linewidth=0.9)
+            values = [scale * value for value in line.values()]
+            axes.plot(list(line), values, color=colour, linewidth=2.4, marker="o", markersize=4)
+            if values:
+                ends.append((max(line), values[-1], name, colour))
+        label_ends(axes, ends)
+        axes.set_xticks(sorted({steps for line in means.values() for steps in line}))
+        axes.set_xlabel("updates")
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
+        axes.set_axisbelow(True)
+        return to_svg(figure, label)
+
+
 def byte_bars(up: Mapping[int, float], down: Mapping[int, float], *, label: str) -> str:
     """Bytes of all clients per round, sent and received side by side.
 

@@ -12,6 +12,13 @@ from typing import Any
 import yaml
 
 from fedml_plugin_fedmosaic.data.statistics import mean_interval, paired_p_value
+from fedml_plugin_fedmosaic.report.adaptation import (
+    AGGREGATED,
+    FRESH,
+    AdaptedTask,
+    adaptation_means,
+    mean_lines,
+)
 from fedml_plugin_fedmosaic.report.cells import Joined
 from fedml_plugin_fedmosaic.report.comparison import comparison_sections, write_runs_page
 from fedml_plugin_fedmosaic.report.html import write_page
@@ -22,7 +29,7 @@ from fedml_plugin_fedmosaic.report.measures import (
     score_table,
     strategies_of,
 )
-from fedml_plugin_fedmosaic.report.metrics import Run
+from fedml_plugin_fedmosaic.report.metrics import Run, mean
 from fedml_plugin_fedmosaic.report.style import standalone
 from fedml_plugin_fedmosaic.report.tables import REFERENCE
 
@@ -107,8 +114,24 @@ def results_record(joined: Joined, origin: Origin) -> dict[str, Any]:
             name: _strategy_record(joined.runs, joined.seeds, name)
             for name in strategies_of(joined.runs)
         },
+        "unseen": _unseen_record(joined.adapted),
         "config": yaml.safe_load(first.config) or {},
     }
+
+
+def _unseen_record(adapted: Sequence[AdaptedTask]) -> dict[str, Any]:
+    """Strategy -> start -> zero-shot by likelihood, and the mean score by optimizer steps."""
+    record: dict[str, Any] = {}
+    for strategy in dict.fromkeys(task.strategy for task in adapted):
+        mine = [task for task in adapted if task.strategy == strategy]
+        record[strategy] = {
+            start: {
+                "likelihood": mean(t.likelihood[start] for t in mine if start in t.likelihood),
+                "updates": {str(n): value for n, value in mean_lines(mine, start).items()},
+            }
+            for start in (AGGREGATED, FRESH)
+        }
+    return record
 
 
 def missing_notes(joined: Joined) -> list[str]:
@@ -143,6 +166,7 @@ def markdown_of(joined: Joined, origin: Origin, figures: Mapping[str, str] | Non
         f"### {origin.title}",
         scores.to_markdown(),
         cost_table(joined.runs).to_markdown(),
+        *([adaptation_means(joined.adapted).to_markdown()] if joined.adapted else []),
         *(f"![{caption}]({path})" for caption, path in (figures or {}).items()),
         f"```bash\n{origin.command}\n```",
         "; ".join(made) + ".",
@@ -157,7 +181,7 @@ def write_figures(joined: Joined, folder: Path) -> dict[str, Path]:
         Caption -> file.
     """
     found: dict[str, Path] = {}
-    for section in comparison_sections(joined.runs):
+    for section in comparison_sections(joined.runs, adapted=joined.adapted):
         for figure in section.figures:
             path = write_page(folder / f"{section.anchor}.svg", standalone(figure.svg))
             found[f"{section.title}. {figure.caption}"] = path
@@ -176,7 +200,11 @@ def write_results(folder: Path, joined: Joined, origin: Origin) -> tuple[Path, P
         The page, the JSON and the Markdown file.
     """
     page = write_runs_page(
-        joined.runs, folder / PAGE_FILE, title=origin.title, notes=missing_notes(joined)
+        joined.runs,
+        folder / PAGE_FILE,
+        title=origin.title,
+        notes=missing_notes(joined),
+        adapted=joined.adapted,
     )
     figures = {
         caption: path.relative_to(folder).as_posix()

@@ -23,6 +23,7 @@ COMMANDS = [
     "run",
     "compare",
     "bench",
+    "adapt",
     "align",
     "export",
     "sweep",

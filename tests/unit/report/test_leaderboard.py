@@ -103,6 +103,34 @@ def test_the_files_say_how_to_repeat_and_quote_the_results(joined, tmp_path):
     assert f"```bash\n{ORIGIN.command}\n```" in markdown
 
 
+def test_scores_on_unseen_tasks_are_means_over_tasks_and_seeds(cells, tmp_path):
+    for seed, gain in ((4, 0.0), (5, 0.2)):
+        tasks = [
+            {
+                "task": task,
+                "model": "small",
+                "scores": {
+                    "aggregated": {"0": 0.3 + gain, "5": 0.6},
+                    "fresh": {"0": 0.1, "5": 0.2 + gain},
+                },
+                "likelihood": {"aggregated": 0.5, "fresh": 0.25},
+            }
+            for task in ("new-0", "new-1")
+        ]
+        run = {"strategy": "fedmosaic", "scenario": "unseen", "tasks": tasks}
+        path = cells["fedmosaic"][seed] / "adaptation.json"
+        path.write_text(json.dumps({"version": 1, "runs": [run]}))
+    joined = join_cells(cells)
+    page, results, text = write_results(tmp_path / "out", joined, ORIGIN)
+    record = json.loads(results.read_text())["unseen"]
+    assert list(record) == ["fedmosaic"]
+    assert record["fedmosaic"]["aggregated"]["updates"] == pytest.approx({"0": 0.4, "5": 0.6})
+    assert record["fedmosaic"]["fresh"]["updates"] == pytest.approx({"0": 0.1, "5": 0.3})
+    assert record["fedmosaic"]["aggregated"]["likelihood"] == pytest.approx(0.5)
+    assert "<h2>Unseen tasks</h2>" in page.read_text()
+    assert "| fedmosaic | aggregated | 50.0 | 40.0 | 60.0 |" in text.read_text()
+
+
 def test_the_leaderboard_ranks_over_the_experiments(joined, cells, tmp_path):
     other = join_cells({name: {4: seeds[4]} for name, seeds in cells.items()})
     comparisons = {"static": joined, "dynamic": other}
