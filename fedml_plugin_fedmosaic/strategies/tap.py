@@ -13,9 +13,10 @@ q runs with both adapters added: ``y = W x + s B_sh A_sh x + s B_q A_q x``. A ro
 
    A personal adapter that was never trained is always replaced.
 3. P_k is trained: on the samples of step 1 if nothing was replaced, else on a new draw.
-4. Only F_k is uploaded. The server averages every key over the round's clients that trained it::
+4. Only F_k is uploaded. The server averages every key over the round's clients that trained it,
+   with n_kq client k's samples of key q::
 
-       G[q] = sum_k n_kq F_k[q] / sum_k n_kq                     n_kq: client k's samples of key q
+       G[q] = sum_k n_kq F_k[q] / sum_k n_kq
 
    A key that nobody trained in a round stays. P_k never leaves the client.
 
