@@ -93,9 +93,10 @@ def command(
     folder = run_dir or Path("runs") / f"bench-{benchmark.name}"
     complete = True
     specs: dict[str, ComparisonSpec] = {}
-    for label, cf in benchmark.configs.items():
+    for label, config in benchmark.configs.items():
         click.echo(f"{benchmark.title}: {label}")
-        spec = comparison_spec(cf, overrides, benchmark.strategies, options)
+        changes = (*config.overrides, *overrides)
+        spec = comparison_spec(config.cf, changes, benchmark.strategies, options)
         specs[label] = spec
         complete &= run_cells(spec, folder / label, options)
         if unseen and not options["dry_run"]:

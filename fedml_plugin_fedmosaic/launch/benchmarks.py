@@ -6,9 +6,9 @@ A benchmark is one YAML file: bundled in ``configs/benchmarks/``, or one's own::
     strategies: [local, fedavg, fedmosaic]   # all of the shelf when omitted
     seeds: 3
     configs:                                 # label: configuration, relative to this file
-      dynamic-homogeneous: ../drake_lite/dynamic_homogeneous.yaml
-    unseen:                                  # scenarios of tasks that no client has (optional)
-      - unseen_new_visual_domain
+      dynamic: ../drake_lite/dynamic.yaml
+      static: {cf: ../drake_lite/dynamic.yaml, set: {data.split: static}}
+    unseen: [unseen]                         # scenarios of tasks that no client has (optional)
 """
 
 from __future__ import annotations
@@ -23,10 +23,24 @@ from fedml_plugin_fedmosaic.config.messages import unknown
 from fedml_plugin_fedmosaic.config.yamlfile import Document, as_mapping, read_document
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.launch.comparison import ALL, chosen_strategies
+from fedml_plugin_fedmosaic.launch.sweep_space import override
 
 FOLDER = "benchmarks"
 _KEYS = ("title", "strategies", "seeds", "configs", "unseen")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkConfig:
+    """One experiment of a benchmark.
+
+    Attributes:
+        cf: configuration file.
+        overrides: ``--set`` texts.
+    """
+
+    cf: Path
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +52,7 @@ class Benchmark:
         title: for pages.
         strategies: registry names.
         seeds: number of seeds.
-        configs: label -> configuration file.
+        configs: label -> experiment.
         unseen: scenarios of tasks that no client has.
     """
 
@@ -46,7 +60,7 @@ class Benchmark:
     title: str
     strategies: tuple[str, ...]
     seeds: int
-    configs: Mapping[str, Path]
+    configs: Mapping[str, BenchmarkConfig]
     unseen: tuple[str, ...] = field(default=())
 
 
@@ -103,20 +117,27 @@ def _texts(document: Document, key: str, default: list[str]) -> list[str]:
     return value
 
 
-def _configs(document: Document, folder: Path) -> dict[str, Path]:
+def _configs(document: Document, folder: Path) -> dict[str, BenchmarkConfig]:
     raw = as_mapping(document.data.get("configs"))
     if not raw:
         document.report(("configs",), "must map labels to configuration files")
         return {}
-    found: dict[str, Path] = {}
+    found: dict[str, BenchmarkConfig] = {}
     for label, value in raw.items():
         place = ("configs", str(label))
+        entry = as_mapping({"cf": value} if isinstance(value, str) else value) or {}
+        cf, changes = entry.get("cf"), as_mapping(entry.get("set", {}))
         if not _LABEL.fullmatch(str(label)):
             document.report(place, "a label is letters, digits, '-', '_' and '.'")
-        elif not isinstance(value, str):
-            document.report(place, f"must be a path (got {value!r})")
-        elif not (folder / value).is_file():
-            document.report(place, f"there is no file {value}")
+        elif not isinstance(cf, str) or changes is None or set(entry) - {"cf", "set"}:
+            document.report(
+                place, f"must be a path, or {{cf: path, set: {{key: value}}}} (got {value!r})"
+            )
+        elif not (folder / cf).is_file():
+            document.report(place, f"there is no file {cf}")
         else:
-            found[str(label)] = (folder / value).resolve()
+            found[str(label)] = BenchmarkConfig(
+                cf=(folder / cf).resolve(),
+                overrides=tuple(override(key, item) for key, item in changes.items()),
+            )
     return found

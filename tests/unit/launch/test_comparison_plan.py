@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedml_plugin_fedmosaic.config.loader import load_experiment
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 from fedml_plugin_fedmosaic.launch.benchmarks import benchmark_files, load_benchmark
@@ -71,6 +72,8 @@ def test_the_bundled_benchmarks_can_be_read() -> None:
     for name in found:
         benchmark = load_benchmark(name)
         assert benchmark.configs
+        for config in benchmark.configs.values():
+            load_experiment(config.cf, config.overrides)
         assert benchmark.strategies[0] == "local"
 
 
@@ -90,7 +93,17 @@ def test_a_benchmark_file_is_checked_as_a_whole(tmp_path: Path) -> None:
 def test_a_benchmark_of_ones_own_names_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("train_args: {comm_round: 2}\n")
     path = tmp_path / "mine.yaml"
-    path.write_text("strategies: [fedavg]\nconfigs: {one: one.yaml}\n")
+    path.write_text(
+        "strategies: [fedavg]\nconfigs:\n  one: one.yaml\n"
+        "  two: {cf: one.yaml, set: {data.split: static}}\n"
+    )
     benchmark = load_benchmark(str(path))
     assert (benchmark.title, benchmark.seeds) == ("mine", 3)
-    assert benchmark.configs == {"one": (tmp_path / "one.yaml").resolve()}
+    file = (tmp_path / "one.yaml").resolve()
+    assert {label: config.cf for label, config in benchmark.configs.items()} == {
+        "one": file,
+        "two": file,
+    }
+    assert benchmark.configs["one"].overrides == ()
+    changed = load_experiment(benchmark.configs["two"].cf, benchmark.configs["two"].overrides)
+    assert changed.data.split == "static"
