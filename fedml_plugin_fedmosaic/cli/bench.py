@@ -107,7 +107,7 @@ def command(
     words += ["--seeds", str(options["seeds"])]
     words += [word for text in overrides for word in ("--set", text)]
     _conclude(benchmark, specs, folder, shlex.join(words))
-    if not complete and options["wait"] is not False:
+    if not complete:
         ctx.exit(LaunchError.exit_code)
 
 

@@ -108,7 +108,7 @@ def run_cells(spec: ComparisonSpec, folder: Path, options: dict[str, Any]) -> bo
         options: of the command.
 
     Returns:
-        Whether every cell has finished.
+        Whether no cell has failed; without following them, as far as is known.
 
     Raises:
         ConfigError: the folder holds another comparison, or the configuration is wrong.
@@ -130,12 +130,13 @@ def run_cells(spec: ComparisonSpec, folder: Path, options: dict[str, Any]) -> bo
             click.echo(f"{len(started)} cells started, {rest} left as they are; folder {folder}")
             if waits:
                 driver.wait()
-    _name_failures(driver, plan)
-    return show_results(spec, plan, folder)
+    failed = _name_failures(driver, plan)
+    show_results(spec, plan, folder)
+    return not failed
 
 
-def show_results(spec: ComparisonSpec, plan: SweepPlan, folder: Path) -> bool:
-    """Prints the table of the finished cells and writes the files; says whether all have finished.
+def show_results(spec: ComparisonSpec, plan: SweepPlan, folder: Path) -> None:
+    """Prints the table of the finished cells and writes the files.
 
     Raises:
         DataError: a file of a run is damaged.
@@ -149,7 +150,7 @@ def show_results(spec: ComparisonSpec, plan: SweepPlan, folder: Path) -> bool:
     joined = join_cells(cell_folders(folder, plan))
     if not joined.runs:
         click.echo("no cell has finished yet")
-        return False
+        return
     if len(joined.strategies) <= _MAX_TURNED:
         table = comparison_table(joined.runs).transposed()
         table.notes.extend(missing_notes(joined))
@@ -161,7 +162,6 @@ def show_results(spec: ComparisonSpec, plan: SweepPlan, folder: Path) -> bool:
         print_table(cost_table(joined.runs))
     page, results, text = write_results(folder, joined, origin_of(spec, folder.name))
     click.echo(f"report   {page}\nresults  {results} {text}")
-    return not joined.missing
 
 
 def origin_of(spec: ComparisonSpec, title: str) -> Any:
@@ -239,15 +239,20 @@ def _pending_cancelled(driver: SweepDriver) -> Iterator[None]:
         raise
 
 
-def _name_failures(driver: SweepDriver, plan: SweepPlan) -> None:
+def _name_failures(driver: SweepDriver, plan: SweepPlan) -> int:
+    """Says which cells have failed, and why; returns how many."""
+    from fedml_plugin_fedmosaic.launch.status import read_status
+
     failed = [
         entry
         for entry in driver.manifest.runs
         if entry.name in plan.experiments and entry.needs_start
     ]
     for entry in failed[:_MAX_LISTED]:
-        click.echo(
-            f"{entry.status}: {entry.name}, see {driver.folder / entry.folder / 'logs'}", err=True
-        )
+        run_dir = driver.folder / entry.folder
+        said = read_status(run_dir)
+        text = said.message if said is not None and said.message else f"see {run_dir / 'logs'}"
+        click.echo(f"{entry.status}: {entry.name}: {text}", err=True)
     if len(failed) > _MAX_LISTED:
         click.echo(f"... and {len(failed) - _MAX_LISTED} more", err=True)
+    return len(failed)

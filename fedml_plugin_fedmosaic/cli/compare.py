@@ -61,4 +61,4 @@ def command(
     spec = comparison_spec(cf, overrides, chosen_strategies(strategies), options)
     name = "quickstart" if cf is None else cf.stem
     if not run_cells(spec, run_dir or Path("runs") / f"compare-{name}", options):
-        ctx.exit(LaunchError.exit_code if options["wait"] is not False else 0)
+        ctx.exit(LaunchError.exit_code)

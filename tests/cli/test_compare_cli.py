@@ -75,7 +75,8 @@ def test_a_cell_that_fails_is_named_and_the_others_are_shown(cf: str, tmp_path: 
     scenario.rename(hidden)
     result = compare(cf, "local,fedavg", 1)
     assert result.exit_code == 6
-    assert "FAILED: strategy=fedavg,seed=1" in result.stderr
+    assert "FAILED: strategy=fedavg,seed=1: " in result.stderr
+    assert "scenario 'tiny'" in result.stderr
     assert "Not finished: fedavg with seed 1" in result.stdout
     hidden.rename(scenario)
     assert compare(cf, "local,fedavg", 1).exit_code == 0
