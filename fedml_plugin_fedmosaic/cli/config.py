@@ -107,6 +107,27 @@ def reference() -> None:
 @command.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @debug_option
+def strategies(*, folder: Path) -> None:
+    """Write one page per strategy (Markdown) into a folder.
+
+    Equations, source, options and cost, from the strategies' own texts.
+
+    \b
+    Example:
+      fedmosaic config strategies docs/strategies
+    """
+    from fedml_plugin_fedmosaic.config.strategy_pages import strategy_page
+    from fedml_plugin_fedmosaic.core.registry import STRATEGIES
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in STRATEGIES:
+        (folder / f"{name}.md").write_text(strategy_page(name), encoding="utf-8")
+    click.echo(f"{len(STRATEGIES)} pages in {folder}")
+
+
+@command.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@debug_option
 def paper(*, folder: Path) -> None:
     """Write the configurations and scenarios of the paper's experiments into a folder.
 

@@ -125,7 +125,8 @@ def _yaml(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _rows(cls: Any) -> Iterator[str]:
+def option_rows(cls: Any) -> Iterator[str]:
+    """A table of a section's keys, line by line."""
     schema = TypeAdapter(cls).json_schema()
     docs = field_docs(cls)
     yield "| key | type | default | meaning |"
@@ -173,7 +174,8 @@ def reference_markdown() -> str:
         path = f"{inner}.NAME" if field == "models" else inner
         where = f"Keys of `{section}`" + (f" / `{path}`." if path else ", flat as in FedML.")
         lead = docs.get(field, "")
-        parts.append("\n".join([f"## {title}\n", f"{where} {lead}".rstrip(), "", *_rows(target)]))
+        lines = [f"## {title}\n", f"{where} {lead}".rstrip(), "", *option_rows(target)]
+        parts.append("\n".join(lines))
     parts.append(_fedml_part())
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -186,7 +188,7 @@ def _strategy_part(section: str, inner: str) -> str:
     for name in STRATEGIES:
         options = STRATEGIES[name].Options
         lines += [f"\n### {name}\n"]
-        lines += list(_rows(options)) if dataclasses.fields(options) else ["No options."]
+        lines += list(option_rows(options)) if dataclasses.fields(options) else ["No options."]
     return "\n".join(lines)
 
 
