@@ -126,18 +126,33 @@ def strategies(*, folder: Path) -> None:
 
 
 @command.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR", required=False)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Make the tables of this Markdown page anew, from the bundled configurations.",
+)
 @debug_option
-def paper(*, folder: Path) -> None:
+def paper(*, folder: Path | None, page: Path | None) -> None:
     """Write the configurations and scenarios of the paper's experiments into a folder.
 
     They come with the package already; this writes them again, to be changed.
 
     \b
-    Example:
+    Examples:
       fedmosaic config paper experiments
+      fedmosaic config paper --page docs/reproduce.md
     """
-    from fedml_plugin_fedmosaic.runtime.paper_files import write_paper_files
+    from fedml_plugin_fedmosaic.config.loader import bundled_config
+    from fedml_plugin_fedmosaic.runtime.paper_files import document_text, write_paper_files
 
-    for path in write_paper_files(folder):
-        click.echo(path)
+    if folder is None and page is None:
+        raise click.UsageError("give a folder, or --page FILE")
+    if folder is not None:
+        for path in write_paper_files(folder):
+            click.echo(path)
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(document_text(text, bundled_config().parent), encoding="utf-8")
+        click.echo(page)

@@ -171,7 +171,7 @@ def _time_lines(estimate: RunEstimate) -> list[tuple[str, str]]:
     lengths = ", ".join(
         sorted({f"{model.sample.tokens} tokens" for model in estimate.models.values()})
     )
-    lines.append(("scoring", f"1,000 test samples at least: {scoring}"))
+    lines.append(("scoring", f"1,000 test samples with the longest answers: {scoring}"))
     lines.append(("assumed", f"samples of {lengths}, image tokens included (--sample-tokens)"))
     return lines
 

@@ -28,6 +28,7 @@ _COMMANDS = {
     "cancel": (f"{_ROOT}.cancel:command", "End a job."),
     "align": (f"{_ROOT}.align:command", "Give different models common coordinates."),
     "adapt": (f"{_ROOT}.adapt:command", "Try a run's adapters on tasks that no client had."),
+    "exam": (f"{_ROOT}.exam:command", "Put GSM8K or MMLU to a run's clients."),
     "export": (f"{_ROOT}.export:command", "Write a client's model as a plain LoRA adapter."),
     "config": (f"{_ROOT}.config:command", "Check, show and explain configurations."),
     "data": (f"{_ROOT}.data:command", "Look at, or fetch, the data of an experiment."),

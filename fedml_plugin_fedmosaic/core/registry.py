@@ -142,6 +142,13 @@ SOURCES = Registry(
         "text": f"{_ROOT}.data.text_tasks:TextSource",
     },
 )
+EXAMS = Registry(
+    "exams",
+    {
+        "gsm8k": f"{_ROOT}.engine.exams:Gsm8k",
+        "mmlu": f"{_ROOT}.engine.exams:Mmlu",
+    },
+)
 METRICS = Registry(
     "metrics",
     {

@@ -72,7 +72,7 @@ class ModelEstimate:
         variants: the same under ``plain``, ``ZeRO-1`` and so on, over ``variant_ranks`` ranks.
         variant_ranks: see above.
         round_s: seconds of one client's round on the ranks that train it.
-        scoring_s: seconds to answer 1,000 test samples.
+        scoring_s: seconds to answer 1,000 test samples with as many tokens as allowed.
     """
 
     name: str

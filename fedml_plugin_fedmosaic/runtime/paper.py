@@ -241,7 +241,7 @@ def _unseen(kind: str, tasks: Sequence[Task], what: str) -> PaperExperiment:
         tasks=tuple((task,) for task in tasks),
         models=(LLAMA_3B,) * len(tasks),
         proxy=LLAMA_1B,
-        note="The clients start from fresh adapters: a run cannot start from another run's yet.",
+        note="From fresh adapters; 'fedmosaic adapt RUN --scenario NAME' starts from a run's.",
     )
 
 

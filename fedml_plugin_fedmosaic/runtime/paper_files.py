@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from fedml_plugin_fedmosaic.config.loader import load_experiment
-from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 from fedml_plugin_fedmosaic.runtime.estimate import RunEstimate, estimate_run
 from fedml_plugin_fedmosaic.runtime.paper import (
     EXPERIMENTS,
@@ -17,8 +16,21 @@ from fedml_plugin_fedmosaic.runtime.paper import (
 from fedml_plugin_fedmosaic.runtime.setup import build_strategy
 from fedml_plugin_fedmosaic.strategies.base import relative_steps
 
+METHODS = {
+    "FedMosaic": "fedmosaic",
+    "SFT": "local",
+    "FedAvg (FedIT)": "fedavg",
+    "FedDPA": "feddpa",
+    "FedSim": "fedsim",
+    "TAKFL": "takfl",
+    "FedMKT": "fedmkt",
+    "Ditto": "ditto",
+    "PerAda": "perada",
+    "FedDAT": "feddat",
+    "FedDistill": "feddistill",
+}
+"""The paper's methods and their names here."""
 _GIB = 2**30
-_WIDTH = 100
 _TEMPLATE = """\
 common_args:
   training_type: simulation
@@ -207,14 +219,30 @@ def write_paper_files(folder: Path) -> list[Path]:
 
 
 def steps_table() -> str:
-    """Markdown: local steps per round of every strategy at the cost of 100 of plain training."""
-    lines = ["| strategy | steps of 100 | adapter |", "|---|---|---|"]
+    """Markdown: local steps per round of the paper's methods at the cost of 100 of SFT."""
+    lines = ["| the paper's method | here | steps of 100 |", "|---|---|---|"]
     base = load_experiment(None)
-    for name in STRATEGIES:
-        strategy = build_strategy(name, base)
-        steps = max(1, round(100 * relative_steps(strategy)))
-        lines.append(f"| `{name}` | {steps} | `{strategy.adapter}` |")
+    for method, name in METHODS.items():
+        steps = max(1, round(100 * relative_steps(build_strategy(name, base))))
+        lines.append(f"| {method} | `{name}` | {steps} |")
     return "\n".join(lines)
+
+
+def document_text(text: str, configs: Path) -> str:
+    """A page with its generated tables made anew.
+
+    A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
+
+    Args:
+        text: of the page.
+        configs: the folder ``configs/``.
+    """
+    for name, table in (("steps", steps_table()), ("estimates", estimate_table(configs))):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(begin)
+        tail = rest.partition(end)[2]
+        text = f"{head}{begin}\n{table}\n{end}{tail}"
+    return text
 
 
 def estimate_table(configs: Path) -> str:

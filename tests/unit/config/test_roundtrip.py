@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from fedml_plugin_fedmosaic.config.judge import JudgeConfig
 from fedml_plugin_fedmosaic.config.layout import section_types
 from fedml_plugin_fedmosaic.config.loader import dump_experiment, load_experiment
 from fedml_plugin_fedmosaic.config.sections import (
@@ -54,8 +55,8 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 def section(cls: Any, **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     schema = TypeAdapter(cls).json_schema()["properties"]
-    drawn = {item.name: values(schema[item.name]) for item in dataclasses.fields(cls)}
-    return st.builds(cls, **{**drawn, **fixed})
+    names = [item.name for item in dataclasses.fields(cls) if item.name not in fixed]
+    return st.builds(cls, **{name: values(schema[name]) for name in names}, **fixed)
 
 
 FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -69,6 +70,10 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "scenario": st.none() | ABSOLUTE,
         "rounds_per_task": st.none() | st.integers(1, 9).map(float),
     },
+    "shift": {
+        "windows": st.just({}) | st.just({"digits-0": (2, 5)}),
+        "present": st.just({}) | st.just({"0": ((1, 3), (6, 8))}),
+    },
     "adapter": {
         "type": st.sampled_from(["auto", "lora", "pq_lora"]),
         "alignment": st.none() | st.just("bundled") | ABSOLUTE,
@@ -77,7 +82,10 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "engine": {"deepspeed": st.none() | ABSOLUTE},
     "sketch": {"proxy": st.none()},
     "faults": {"policy": st.just("drop")},  # a quorum needs it
-    "evaluation": {"compare": st.lists(st.sampled_from(["local", "fedavg"])).map(tuple)},
+    "evaluation": {
+        "compare": st.lists(st.sampled_from(["local", "fedavg"])).map(tuple),
+        "judge": st.none() | st.builds(JudgeConfig, record=TEXT, model=TEXT),
+    },
 }
 SPEC: dict[str, st.SearchStrategy[Any]] = {
     "path": TEXT.map(lambda name: f"org/{name}"),
