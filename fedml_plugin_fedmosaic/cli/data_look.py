@@ -107,7 +107,7 @@ def verify(*, what: str | None, cf: Path | None, overrides: tuple[str, ...]) -> 
     """Check every sample: images exist and decode, marks match, the answer is among the choices.
 
     FOLDER holds dataset/; all files in it are checked. With a scenario or a configuration, those of
-    its tasks are. Ends with exit code 4 if something is wrong.
+    its tasks are. Ends with exit code 2 if something is wrong.
 
     \b
     Examples:
