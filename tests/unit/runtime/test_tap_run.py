@@ -93,14 +93,13 @@ def test_a_task_of_a_client_is_exported(whole: tuple[Path, int], tmp_path: Path)
     assert chosen.model.overlay == ("p.shared", "p.:b-0")
 
 
-@pytest.mark.parametrize("share", [0.4, 0.75])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
-    config: Path, whole: tuple[Path, int], tmp_path: Path, share: float
+    config: Path, whole: tuple[Path, int], tmp_path: Path
 ) -> None:
     reference, questions = whole
     run_dir = tmp_path / "run"
     prepared = prepare_run(load_experiment(config, list(SETTINGS)), run_dir)
-    prepared.should_stop = StopAt(round(share * questions))
+    prepared.should_stop = StopAt(round(0.6 * questions))
     with pytest.raises(RunInterrupted):
         prepared.execute()
     prepare_run(resumed_experiment(run_dir), run_dir, resume=True).execute()
