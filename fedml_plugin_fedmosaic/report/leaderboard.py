@@ -15,6 +15,7 @@ from fedml_plugin_fedmosaic.report.html import render, write_page
 from fedml_plugin_fedmosaic.report.matrix_plots import heat_map
 from fedml_plugin_fedmosaic.report.measures import (
     MEASURES,
+    SIGNIFICANCE,
     Measure,
     cost_table,
     difference_cells,
@@ -80,8 +81,7 @@ def leaderboard_table(comparisons: Comparisons, measure: Measure = _SELF) -> Sum
     rows = [[n, *cells[n], MISSING if n not in ranks else f"{ranks[n]:.1f}"] for n in ordered]
     notes = [
         f"{measure.title} in percent, ± half the 95 % confidence interval over the seeds.",
-        f"* differs from {REFERENCE} at the 5 % level of one paired t-test, ** at that of all "
-        "tests of the column together (Holm).",
+        f"{SIGNIFICANCE} Differences are those to {REFERENCE}.",
     ]
     notes += [
         f"{label}: {note}"

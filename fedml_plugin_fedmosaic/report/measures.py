@@ -77,6 +77,10 @@ MEASURES: tuple[Measure, ...] = (
 )
 
 
+SIGNIFICANCE = (
+    "A difference marked * passes one paired t-test at the 5 % level, one marked ** all tests of "
+    "its column together (Holm)."
+)
 _OPTIONAL = ("forgetting", "forward_transfer", "flops")
 """Keys of measures that many runs cannot have."""
 
@@ -219,10 +223,7 @@ def _notes(num_runs: int, shown: Sequence[Measure], *, with_difference: bool) ->
     if with_difference:
         notes.append(f"vs {REFERENCE}: difference in percentage points, paired inside each run.")
         if num_runs > 1:
-            notes.append(
-                "* differs at the 5 % level of one paired t-test, ** at that of all tests of the "
-                "column together (Holm)."
-            )
+            notes.append(SIGNIFICANCE)
     return notes
 
 
