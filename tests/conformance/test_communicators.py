@@ -278,3 +278,45 @@ def test_other_dtypes_are_refused(comm: Any) -> None:
     uploads = {0: {"pq/0/m/P": torch.zeros(2, 2, dtype=torch.bfloat16)}}
     with pytest.raises(PlanError, match="bfloat16"):
         comm.execute(one_row("pq", 0), uploads)
+
+
+def test_several_sums_of_one_channel_arrive_in_slots_of_their_own(comm: Any) -> None:
+    uploads = random_uploads(5)
+    rows = {
+        "a": (MixRow(target=1, sources=(0, 2), weights=(0.25, 0.75)),),
+        "b": (MixRow(target=1, sources=(4,), weights=(1.0,)),),
+        "pq": (MixRow(target=1, sources=(0, 4), weights=(0.5, 0.5)),),
+    }
+    plan = MixingPlan(rows=rows, slots={"a": "conv", "b": "conv"}, internal=frozenset({"b"}))
+    # Client 1 has another layout in this channel, so the sums are for a client without uploads.
+    del uploads[1]
+    received = comm.execute(plan, uploads)[1]
+    for slot in ("a", "b"):
+        alone = comm.execute(
+            MixingPlan(rows={"conv": rows[slot]}), {c: uploads[c] for c in (0, 2, 4)}
+        )[1]
+        found = {k: v for k, v in received.items() if k.startswith(f"{slot}/")}
+        assert found.keys() == {slot + key.removeprefix("conv") for key in alone}
+        assert all(torch.equal(found[slot + key.removeprefix("conv")], alone[key]) for key in alone)
+    assert any(key.startswith("pq/") for key in received)
+    comm.execute(plan, uploads)
+    counted = comm.downlink_bytes[1]
+    comm.execute(MixingPlan(rows={k: rows[k] for k in ("a", "pq")}, slots={"a": "conv"}), uploads)
+    assert comm.downlink_bytes[1] == counted, "what stays on the server is no traffic"
+
+
+def test_slots_without_rows_and_with_a_slash_are_refused(comm: Any) -> None:
+    row = MixRow(target=0, sources=(0,), weights=(1.0,))
+    with pytest.raises(PlanError, match="slots without rows"):
+        comm.execute(MixingPlan(rows={"pq": (row,)}, slots={"a": "pq"}), random_uploads(2))
+    with pytest.raises(PlanError, match="slots"):
+        comm.execute(MixingPlan(rows={"a/b": (row,)}, slots={"a/b": "pq"}), random_uploads(2))
+
+
+def test_notes_of_headers_arrive_everywhere(comm: Any) -> None:
+    notes = {"losses": [0.5, 1.5], "cluster": 2}
+    plain = UpdateHeader(client_id=0, round_idx=0, num_examples=1)
+    noted = UpdateHeader(client_id=1, round_idx=0, num_examples=1, notes=notes)
+    found = comm.exchange_headers([plain, noted])
+    assert [dict(item.notes) for item in found] == [{}, notes]
+    assert header_bytes(noted) > header_bytes(plain)
