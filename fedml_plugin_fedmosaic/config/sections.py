@@ -97,7 +97,8 @@ class DataConfig:
     """``data_args: {data: ...}``: scenario, samples and their order in time."""
 
     source: str = "quickstart"
-    """Data set shelf member: ``quickstart`` (bundled) or ``drake`` (published layout)."""
+    """Data set shelf member: ``quickstart`` (bundled), ``drake-lite`` (built), ``drake``, ``hflb``,
+    ``folder`` (published layout) or ``text``."""
     root: str | None = None
     """Folder that holds ``dataset/<name>/{train,test}/dataset-<subset>.json``."""
     scenario: str | None = None
@@ -127,7 +128,7 @@ class ModelSpec:
     """One entry of ``model_args: {models: ...}``."""
 
     path: str
-    """A folder, a ``*.gguf`` file, ``pip:PACKAGE``, ``bundled:NAME``, or a hub id."""
+    """Folder, ``*.gguf`` file, ``pip:PACKAGE``, ``bundled:NAME``, ``cached:SET/NAME`` or hub id."""
     layers: PositiveInt | None = None
     """Decoder layers that a depth cut keeps; all when omitted."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
