@@ -6,6 +6,7 @@ inside this package; the zip files hold nothing but the images.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -76,6 +77,13 @@ class Pool:
     name: str
     facts: Mapping[str, Facts]
     read: Callable[[str], bytes]
+
+    def digest(self) -> str:
+        """A digest of all images with their names: equal digests mean the same pool."""
+        total = hashlib.blake2b(digest_size=16)
+        for name in self.facts:
+            total.update(name.encode() + b"\0" + hashlib.blake2b(self.read(name)).digest())
+        return total.hexdigest()
 
     def content(self, picture: Picture) -> bytes:
         """The bytes of the file that shows a picture; PNG if it was changed."""

@@ -206,8 +206,8 @@ def open_library(variant: Variant, say: Say, *, fetch: bool = True) -> tuple[Lib
                 "licence": source.licence,
                 "home": source.home,
                 "tier": source.tier,
-                "got_from": origin,
                 "images": len(pools[name].facts),
+                "digest": pools[name].digest(),
             }
         )
         say(f"{name}: {len(pools[name].facts)} images, {source.title} ({origin})")

@@ -172,10 +172,14 @@ def test_local_copies_come_first(known, tmp_path, monkeypatch):
     pool, origin = sources._open(source, print, fetch=False)
     assert origin == "local copy"
     assert pool.read("dog/2.png") == png("dog/2.png")
+    digest = pool.digest()
     (local / "colours.zip").unlink()
     deb(local / "flags-1_all.deb", {name: png(name) for name in NAMES})
     pool, origin = sources._open(source, print, fetch=False)
     assert (origin, sorted(pool.facts)) == ("local copy", sorted(NAMES))
+    assert pool.digest() == digest
+    changed = pools.Pool(name="flags", facts=pool.facts, read=lambda name: png(f"another {name}"))
+    assert changed.digest() != digest
     (local / "flags-1_all.deb").unlink()
     assert sources._open(source, print, fetch=False)[1] == "cache"
     monkeypatch.setenv("FEDMOSAIC_DATA_SOURCES", str(tmp_path / "none"))
