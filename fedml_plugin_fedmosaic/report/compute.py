@@ -5,16 +5,10 @@ from __future__ import annotations
 from fedml_plugin_fedmosaic.report.metrics import Run
 from fedml_plugin_fedmosaic.report.numbers import readable_bytes, seconds
 from fedml_plugin_fedmosaic.report.parts import Section
-from fedml_plugin_fedmosaic.report.strategy_metrics import StrategyMetrics
+from fedml_plugin_fedmosaic.report.strategy_metrics import StrategyMetrics, on_server
 from fedml_plugin_fedmosaic.report.tables import SummaryTable
 
-_SERVER = "server"
 _REFERENCE = "local"
-
-
-def on_server(pass_name: str) -> bool:
-    """Whether a pass is the server's own training, which a client's rank group carries out."""
-    return pass_name == _SERVER or pass_name.startswith(f"{_SERVER}.")
 
 
 def flops_text(value: float) -> str:

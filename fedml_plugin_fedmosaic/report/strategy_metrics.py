@@ -15,6 +15,13 @@ from fedml_plugin_fedmosaic.core import events as ev
 from fedml_plugin_fedmosaic.data.metrics import a_auc
 from fedml_plugin_fedmosaic.report.learning import Stream, forgetting_of, forward_transfer_of
 
+_SERVER = "server"
+
+
+def on_server(pass_name: str) -> bool:
+    """Whether a pass is the server's own training, which a client's rank group carries out."""
+    return pass_name == _SERVER or pass_name.startswith(f"{_SERVER}.")
+
 
 def mean(values: Iterable[float]) -> float | None:
     """Arithmetic mean; None of nothing."""
@@ -246,9 +253,14 @@ class StrategyMetrics:
         return sum(e.duration_s for e in self.rounds.values()) if self.rounds else None
 
     def losses(self) -> dict[int, dict[int, float]]:
-        """Mean training loss in nats per client and round, over the passes' steps."""
+        """Mean training loss in nats per client and round, over the passes' steps.
+
+        What the server trains on a client's ranks is left out.
+        """
         sums: dict[int, dict[int, tuple[float, int]]] = {}
         for event in self.trained:
+            if on_server(event.pass_name):
+                continue
             total, steps = sums.setdefault(event.client_id, {}).get(event.round_idx, (0.0, 0))
             sums[event.client_id][event.round_idx] = (
                 total + event.mean_loss * event.num_steps,

@@ -33,8 +33,8 @@ SETTINGS = (
     "evaluation.others=false",
     "evaluation.max_new_tokens=1",
 )
-SHORT = ("local", "ditto", "feddat", "fedmkt", "takfl", "tap", MAIN)
-"""Each way of working once: one pass, two objectives, teachers, stages, routes, final stages."""
+SHORT = ("local", "ditto", "fedmkt", "tap", MAIN)
+"""Each way of working once: a pass, two objectives, stages, probes, routes, final stages."""
 
 
 def settings_of(names: tuple[str, ...]) -> list[str]:
@@ -134,7 +134,7 @@ def test_stopped_again_and_again_in_any_stage_they_end_alike(
     rng, run_dir, lives = random.Random(4), tmp_path / "run", 0  # noqa: S311
     prepared = prepare_run(load_experiment(config, settings_of(names)), run_dir)
     while True:
-        prepared.should_stop = StopAt(rng.randrange(questions // 6, questions // 3))
+        prepared.should_stop = StopAt(rng.randrange(questions // 4, questions // 2))
         try:
             prepared.execute()
         except RunInterrupted:
@@ -142,7 +142,7 @@ def test_stopped_again_and_again_in_any_stage_they_end_alike(
             prepared = prepare_run(resumed_experiment(run_dir), run_dir, resume=True)
         else:
             break
-    assert lives >= 3
+    assert lives >= 2
     assert_same_run(run_dir, reference)
 
 
@@ -196,7 +196,9 @@ def test_a_share_is_what_is_left_after_the_work_on_public_samples() -> None:
     assert Cost(forwards=2, backwards=2, sketch=0.5).share == round(3 / 6.5, 2)
 
 
-def test_what_is_spent_locally_is_what_was_declared(counted: tuple[Path, int]) -> None:
+def test_what_is_spent_locally_is_what_was_declared(
+    counted: tuple[Path, int], names: tuple[str, ...]
+) -> None:
     """Floating-point operations of Ditto's and FedDAT's passes, relative to plain training."""
     run_dir, _ = counted
     spent: dict[str, float] = {}
@@ -205,7 +207,7 @@ def test_what_is_spent_locally_is_what_was_declared(counted: tuple[Path, int]) -
             key = record["strategy"]
             spent.setdefault(key, record["flops"] / record["num_examples"])
     plain = spent["local"]
-    for name in ("ditto", "feddat"):
+    for name in {"ditto", "feddat"} & {*names}:
         kind = STRATEGIES[name]
         expected = kind(kind.Options()).cost.step / Cost().step
         assert spent[name] / plain == pytest.approx(expected, rel=0.1)

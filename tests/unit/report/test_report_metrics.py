@@ -40,6 +40,17 @@ STORED = [
         mean_loss=0.7,
         duration_s=0.5,
     ),
+    ev.ClientProbed(
+        strategy="s",
+        round_idx=0,
+        client_id=1,
+        probe_name="public",
+        num_models=2,
+        num_examples=4,
+        duration_s=0.25,
+        flops=1e6,
+    ),
+    ev.ClientReported(strategy="s", round_idx=0, client_id=1, values={"cluster": 2}),
     ev.ClientDropped(
         strategy="s", round_idx=0, client_id=1, stage="fit", reason="MemoryError: none left"
     ),
