@@ -88,6 +88,12 @@ _STAGES = {"A": "fitting A", "B": "turning B", "check": "checking"}
     help="Token positions that are compared.",
 )
 @click.option(
+    "--match-scale/--published-scale",
+    default=True,
+    show_default=True,
+    help="Allow for models with larger activations, or compare as published.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(min=0),
     default=0,
@@ -138,6 +144,7 @@ def command(
         batch_size=how["batch_size"],
         learning_rate=how["lr"],
         positions=how["positions"],
+        match_scale=how["match_scale"],
         seed=how["seed"],
     )
     if experiment.device.num_threads is not None:

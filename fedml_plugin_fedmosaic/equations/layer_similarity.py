@@ -221,3 +221,22 @@ def residual_share(moments: PairMoments) -> float:
             hint="check the public samples and the anchor's A",
         )
     return difference / power
+
+
+def coordinate_agreement(moments: PairMoments) -> float:
+    """Mean squared correlation of coordinate i of x with coordinate i of y; 1 is perfect.
+
+    Unlike :func:`residual_share` it does not depend on scales, and unlike canonical correlations
+    it asks for the same coordinate and sign: correlations below 0 count as 0.
+
+    Raises:
+        AdapterError: rows of different widths.
+    """
+    if moments.xx.shape != moments.yy.shape:
+        raise AdapterError(
+            f"rows of widths {len(moments.xx)} and {len(moments.yy)} have no common coordinates"
+        )
+    spread = (moments.xx.diagonal() * moments.yy.diagonal()).sqrt()
+    # A coordinate that does not vary agrees with nothing.
+    safe = spread.clamp_min(torch.finfo(torch.float64).tiny)
+    return float((moments.xy.diagonal() / safe).clamp(0.0, 1.0).square().mean())

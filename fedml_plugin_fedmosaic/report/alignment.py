@@ -18,6 +18,8 @@ from fedml_plugin_fedmosaic.report.tables import SummaryTable
 PAGE_FILE = "alignment.html"
 POOR = 0.5
 """Share of explained variance below which an alignment hardly says anything."""
+MARGIN = 0.02
+"""Difference of CKA below which a block resembles its partner as much as another."""
 FEW_ROWS = 20
 """Token positions per rank below which canonical correlations flatter."""
 
@@ -82,6 +84,7 @@ def quality_table(manifests: Mapping[str, Manifest]) -> SummaryTable:
                     f"{_average(linears, 'residual'):.2f}",
                     f"{_average(linears, 'explained'):.2f}",
                     f"{mean(correlations) or 0.0:.2f}",
+                    f"{_average(linears, 'agreement'):.2f}",
                 ]
             )
     columns = [
@@ -92,12 +95,14 @@ def quality_table(manifests: Mapping[str, Manifest]) -> SummaryTable:
         "residual\nbefore",
         "residual\nof A",
         "explained\nvariance",
-        "canonical\ncorrelation",
+        "canonical\ncorr.",
+        "same\ncoord.",
     ]
     notes = [
         "CKA of the block ends: 1 for a turned copy, 0 for unrelated layers.",
         "Residual: squared difference of both A outputs over the anchor's; 0 if they are equal,",
         "about 2 if they are unrelated. Explained: share of the variance by the best linear map.",
+        "Same coordinate: squared correlation of each coordinate with its namesake in the anchor.",
     ]
     return SummaryTable(columns, rows, notes, num_left=3)
 
@@ -113,11 +118,12 @@ def warnings_of(manifests: Mapping[str, Manifest]) -> list[str]:
         ends = _ends(manifest)
         for block, nearest in quality["unmatched"]:
             own = quality["cka"][ends[block][0]]
-            lines.append(
-                f"{name}: block {block + 1} of {anchor} resembles block {nearest + 1} "
-                f"(CKA {own[ends[nearest][1]]:.2f}) more than its partner "
-                f"({own[ends[block][1]]:.2f})"
-            )
+            partner, other = own[ends[block][1]], own[ends[nearest][1]]
+            if other > partner + MARGIN:
+                lines.append(
+                    f"{name}: block {block + 1} of {anchor} resembles block {nearest + 1} "
+                    f"(CKA {other:.2f}) more than its partner ({partner:.2f})"
+                )
         rows = quality["rows"]["outputs"]
         if rows < FEW_ROWS * manifest["rank"]:
             lines.append(

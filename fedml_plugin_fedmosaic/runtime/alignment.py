@@ -135,6 +135,21 @@ def check_alignments(
             )
 
 
+def missing_alignments(experiment: Experiment, models: Iterable[str]) -> list[str]:
+    """One line for each model without alignment files, if the run takes any."""
+    source, chosen = experiment.adapter.alignment, experiment.adapter.type
+    adapter = STRATEGIES[experiment.algo].adapter if chosen == "auto" else chosen
+    if source is None or source == BUNDLED or not wants_alignment(experiment, adapter):
+        return []
+    folder = Path(source)
+    return [
+        f"alignment of model {name}: {manifest_path(folder, name).name} missing in {folder}; "
+        f"{_MAKE}"
+        for name in models
+        if not manifest_path(folder, name).is_file()
+    ]
+
+
 def _bundled_file(model_path: str) -> Path:
     name = model_path.removeprefix("bundled:")
     if name != model_path:

@@ -28,6 +28,7 @@ from fedml_plugin_fedmosaic.equations.blocks import block_end_layers
 from fedml_plugin_fedmosaic.equations.canonical import turned_outputs
 from fedml_plugin_fedmosaic.equations.layer_similarity import (
     BlockSimilarity,
+    coordinate_agreement,
     explained_variance,
     residual_share,
     unmatched_blocks,
@@ -45,6 +46,7 @@ from fedml_plugin_fedmosaic.runtime.alignment_rows import PairedBatch, RowPairin
 _WINDOW = 16
 """Batches among which samples of one length are put together, to pad less."""
 _CKA_ROWS = 256
+_SCALE_SAMPLES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,10 @@ class LinearQuality:
             anchor's explains, likewise.
         correlations: falling canonical correlations of both A outputs, on the samples of B.
         rank: how many of them are above round-off.
+        agreement: mean squared correlation of a coordinate with the same one of the anchor, on the
+            samples of the check; what P relies on.
+        scale: factor on the anchor's A outputs before they are compared; 1 unless scales are
+            matched.
     """
 
     residual_before: float
@@ -66,6 +72,8 @@ class LinearQuality:
     explained: float
     correlations: tuple[float, ...]
     rank: int
+    agreement: float
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +174,7 @@ class PairAligner:
             block_end_layers(anchor.num_layers, blocks),
             block_end_layers(model.num_layers, blocks),
         )
+        self._scales = dict.fromkeys(self._keys, 1.0)
         self._width = model.final_norm.get_parameter("weight").shape[0]
         self._rank = adapter.rank
         self._devices = (anchor.device, model.device)
@@ -185,6 +194,8 @@ class PairAligner:
         """
         fit, check = split_samples(samples, self._options)
         self._pairing.settle(fit)
+        if self._options.match_scale:
+            self._scales = self.matched_scales(fit)
         options = self._options
         updates = max(1, options.epochs * len(self._batches(fit)) // options.accumulate)
         rate = options.learning_rate or default_rate(updates, self._width)
@@ -224,6 +235,8 @@ class PairAligner:
                     explained=explained_variance(after[key]),
                     correlations=quality[key][0],
                     rank=quality[key][1],
+                    agreement=coordinate_agreement(after[key]),
+                    scale=self._scales[key],
                 )
                 for key in self._keys
             },
@@ -240,6 +253,18 @@ class PairAligner:
             model_ends=self._ends[1],
             unmatched=unmatched_blocks(ends),
         )
+
+    def matched_scales(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Root mean square of the model's random A outputs over that of the anchor's."""
+        squares = {key: torch.zeros(2, dtype=torch.float64) for key in self._keys}
+        for pairs in self.rows(samples[:_SCALE_SAMPLES]):
+            for key, (inputs, targets) in pairs.items():
+                a = self._before[f"{key}/A"].to(inputs.device, torch.float32)
+                outputs = inputs.float() @ a.T
+                both = [float(values.double().square().sum()) for values in (outputs, targets)]
+                squares[key] += torch.tensor(both, dtype=torch.float64)
+        self._refuse_nothing(2 if all(bool((two > 0).all()) for two in squares.values()) else 0)
+        return {key: float((two[0] / two[1]).sqrt()) for key, two in squares.items()}
 
     def rows(self, samples: Sequence[Sample]) -> Iterator[Pairs]:
         """What A is fitted on, batch by batch: inputs ``(k, d_in)`` and targets ``(k, r)``.
@@ -316,7 +341,7 @@ class PairAligner:
         }
         split = torch.split(targets, self._rank, dim=-1)
         return {
-            key: (kept[id(second.inputs[key])], split[place])
+            key: (kept[id(second.inputs[key])], split[place] * self._scales[key])
             for place, key in enumerate(self._keys)
         }
 

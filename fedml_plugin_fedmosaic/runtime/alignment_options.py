@@ -15,6 +15,7 @@ PUBLISHED_UPDATES = 1250
 PUBLISHED_RATE = 5e-5
 PUBLISHED_WIDTH = 2048
 """Width of the published 1B models; entries of A have size ``width ** -0.5``."""
+_FURTHER = 4.0
 _LARGEST_RATE = 1e-2
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the batches done and the batches in all."""
@@ -31,10 +32,13 @@ class AlignOptions:
         batch_size: samples per micro-batch.
         accumulate: micro-batches per optimizer update.
         epochs: passes over the samples.
-        learning_rate: AdamW's largest rate. None: so that A can move as far, relative to its
-            entries, as in the published 1250 updates at 5e-5, however many updates there are.
+        learning_rate: AdamW's largest rate; published: 5e-5 for 1250 updates. None: by the number
+            of updates and the model's width, see :func:`default_rate`.
         penalty: weight of the orthogonality penalty.
         positions: which token positions are compared.
+        match_scale: compare with the anchor's A outputs times a factor per linear, so that both
+            have one root mean square to begin with. Rows of A have length 1, so that a model with
+            larger activations cannot give the anchor's numbers themselves. False: as published.
         orthonormal_outputs: make the columns of B orthonormal again; not published.
         seed: of the anchor, of the order of samples and of A and B before.
     """
@@ -48,6 +52,7 @@ class AlignOptions:
     learning_rate: float | None = None
     penalty: float = PENALTY
     positions: Positions = "auto"
+    match_scale: bool = True
     orthonormal_outputs: bool = False
     seed: int = 0
 
@@ -72,14 +77,15 @@ def split_samples(
 
 
 def default_rate(updates: int, width: int) -> float:
-    """Learning rate with which A moves as far, relative to its entries, as in the published one.
+    """Learning rate with which A moves as far, however many updates there are.
 
     AdamW moves an entry by about the rate per update, and entries of an orthonormal A have size
-    ``width ** -0.5``.
+    ``width ** -0.5``. The published schedule moves them by about 1.4 times their size at width
+    2048; four times that fits better (``tests/benchmarks/study_alignment.py``).
 
     Args:
         updates: optimizer updates.
         width: width of the model's residual stream.
     """
-    scale = PUBLISHED_UPDATES / updates * (PUBLISHED_WIDTH / width) ** 0.5
+    scale = _FURTHER * PUBLISHED_UPDATES / updates * (PUBLISHED_WIDTH / width) ** 0.5
     return float(min(PUBLISHED_RATE * scale, _LARGEST_RATE))

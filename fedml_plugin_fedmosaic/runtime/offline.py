@@ -6,6 +6,7 @@ from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.registry import SOURCES
 from fedml_plugin_fedmosaic.engine.hub import missing_models
+from fedml_plugin_fedmosaic.runtime.alignment import missing_alignments
 
 
 def missing_offline(experiment: Experiment) -> list[str]:
@@ -25,7 +26,13 @@ def missing_offline(experiment: Experiment) -> list[str]:
         for name, spec in experiment.models.items()
         if used is None or name in used or name == experiment.sketch.proxy
     }
-    return [*missing_models(models), *lines]
+    # A model that is only the proxy carries no adapter.
+    trained = [
+        name
+        for name, spec in models.items()
+        if (name in used if used is not None else spec.quantization != "int8")
+    ]
+    return [*missing_models(models), *missing_alignments(experiment, trained), *lines]
 
 
 def require_offline(experiment: Experiment) -> None:

@@ -8,6 +8,7 @@ from fedml_plugin_fedmosaic.core.errors import AdapterError
 from fedml_plugin_fedmosaic.equations.layer_similarity import (
     BlockSimilarity,
     canonical_correlations,
+    coordinate_agreement,
     explained_variance,
     linear_cka,
     residual_share,
@@ -128,3 +129,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
         residual_share(PairMoments.of(0.0 * x, x))
     with pytest.raises(AdapterError, match="widths 3 and 2"):
         residual_share(PairMoments.of(x, x[:, :2]))
+
+
+def test_agreement_asks_for_the_same_coordinates_at_any_scale() -> None:
+    x, noise = _normal(4000, 3, seed=5), _normal(4000, 3, seed=6)
+    assert coordinate_agreement(PairMoments.of(x, 7.0 * x - 2.0)) == pytest.approx(1.0)
+    assert coordinate_agreement(PairMoments.of(x, -x)) == 0.0
+    assert coordinate_agreement(PairMoments.of(x, x.roll(1, 1))) < 0.01
+    halves = coordinate_agreement(PairMoments.of(x, x + noise))
+    assert halves == pytest.approx(0.5, abs=0.03)
+    still = torch.cat([x[:, :2], torch.zeros(4000, 1, dtype=torch.float64)], dim=1)
+    assert coordinate_agreement(PairMoments.of(x, still)) == pytest.approx(2 / 3)
+    with pytest.raises(AdapterError, match="no common coordinates"):
+        coordinate_agreement(PairMoments.of(x, x[:, :2]))

@@ -33,6 +33,7 @@ from fedml_plugin_fedmosaic.runtime.alignment_fit import PairAligner
 from fedml_plugin_fedmosaic.runtime.alignment_options import AlignOptions
 from fedml_plugin_fedmosaic.runtime.client import EnginePool
 from fedml_plugin_fedmosaic.runtime.federation import prepare_run
+from fedml_plugin_fedmosaic.runtime.offline import missing_offline
 
 OPTIONS = AlignOptions(learning_rate=1e-2, positions="all")
 DATA = PublicData(samples=text_samples(16), source=("tests",))
@@ -273,9 +274,15 @@ def test_a_run_starts_from_the_aligned_factors(world, tmp_path) -> None:
     assert folder == tmp_path / "aligned"
     with pytest.raises(AdapterError, match="'large' has no alignment"):
         prepare_run(world, tmp_path / "run")
+    assert missing_offline(world) == [
+        f"alignment of model {name}: {name}.json missing in {folder}; "
+        "make it with 'fedmosaic align --cf FILE'"
+        for name in ("small", "large")
+    ]
     data = public_data(world, ["train"])
     assert len(data.samples) == 24
     ModelAligner(world, data, folder, options=OPTIONS).run()
+    assert missing_offline(world) == []
     prepared = prepare_run(world, tmp_path / "run")
     pool = EnginePool(world, prepared.bundles, "pq_lora")
     try:
