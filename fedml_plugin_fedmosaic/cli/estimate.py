@@ -135,7 +135,12 @@ def _memory_lines(model: ModelEstimate) -> list[tuple[str, str]]:
         "activations": memory.activations,
         "proxy": memory.proxy,
     }
-    shown = ", ".join(f"{name} {_gib(value)}" for name, value in held.items() if value)
+    parts = [f"{name} {_gib(value)}" for name, value in held.items() if value]
+    if memory.activations != model.checkpointed:
+        parts[parts.index(f"activations {_gib(memory.activations)}")] += (
+            f" ({_gib(model.checkpointed)} with gradient_checkpointing)"
+        )
+    shown = ", ".join(parts)
     host = f"; {_gib(memory.host)} GiB offloaded" if memory.host else ""
     variants = ", ".join(f"{name} {_variant(value)}" for name, value in model.variants.items())
     return [

@@ -71,6 +71,7 @@ class ModelEstimate:
         memory: of one rank, as configured.
         variants: the same under ``plain``, ``ZeRO-1`` and so on, over ``variant_ranks`` ranks.
         variant_ranks: see above.
+        checkpointed: bytes of activations if layers are computed again in the backward pass.
         round_s: seconds of one client's round on the ranks that train it.
         scoring_s: seconds to answer 1,000 test samples with as many tokens as allowed.
     """
@@ -84,6 +85,7 @@ class ModelEstimate:
     memory: Memory
     variants: Mapping[str, Memory]
     variant_ranks: int
+    checkpointed: int
     round_s: float
     scoring_s: float
 
@@ -293,6 +295,7 @@ class _Parts:
                 for label, variant in _variants(variant_ranks).items()
             },
             variant_ranks=variant_ranks,
+            checkpointed=self._activations(shape, spec, sample, zero, checkpointing=True),
             round_s=self._round_s(shape, size, sample, spec),
             scoring_s=self._scoring_s(shape, size, sample),
         )
@@ -318,21 +321,34 @@ class _Parts:
 
     def _memory(self, name: str, size: AdapterSize, sample: SampleWork, zero: Zero) -> Memory:
         shape, spec = self._shapes[name], self._exp.models[name]
-        optim = self._exp.optim
-        micro = optim.batch_size if zero.stage == 0 else deal(optim, zero.ranks).micro
         beside = None
         if self._proxy is not None and (self._proxy != name or zero.stage == 3):
             beside = (self._shapes[self._proxy], self._exp.models[self._proxy])
-        activations = activation_bytes(
+        activations = self._activations(
+            shape, spec, sample, zero, checkpointing=self._exp.engine.gradient_checkpointing
+        )
+        return rank_memory(shape, size, spec, zero, activations=activations, proxy=beside)
+
+    def _activations(
+        self,
+        shape: ModelShape,
+        spec: ModelSpec,
+        sample: SampleWork,
+        zero: Zero,
+        *,
+        checkpointing: bool,
+    ) -> int:
+        optim = self._exp.optim
+        micro = optim.batch_size if zero.stage == 0 else deal(optim, zero.ranks).micro
+        return activation_bytes(
             shape,
             self._exp.adapter,
             self._kind,
             tokens=micro * sample.tokens,
             base_bytes=BYTES[spec.dtype],
             adapter_bytes=_FLOAT32 if zero.stage == 0 else BYTES[spec.dtype],
-            checkpointing=self._exp.engine.gradient_checkpointing,
+            checkpointing=checkpointing,
         )
-        return rank_memory(shape, size, spec, zero, activations=activations, proxy=beside)
 
     def _round_s(
         self, shape: ModelShape, size: AdapterSize, sample: SampleWork, spec: ModelSpec

@@ -71,6 +71,8 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rounds_per_task": st.none() | st.integers(1, 9).map(float),
     },
     "shift": {
+        "time_field": st.none(),  # with it, no alpha may be set
+        "novel": st.none() | st.just("task:digits-0"),
         "windows": st.just({}) | st.just({"digits-0": (2, 5)}),
         "present": st.just({}) | st.just({"0": ((1, 3), (6, 8))}),
     },

@@ -115,6 +115,7 @@ def test_checkpointing_trades_time_for_memory() -> None:
         for flag in ("false", "true")
     )
     assert repeated.memory.activations < plain.memory.activations / 3
+    assert repeated.checkpointed == plain.checkpointed == repeated.memory.activations
     assert 1.2 * plain.round_s < repeated.round_s < 1.6 * plain.round_s
 
 
@@ -153,6 +154,7 @@ def test_the_command_prints_the_estimate_and_touches_nothing(
         "68,095,600 (P and Q 462,336, layer-wise 67,633,152, gate 112); frozen 22,544,384",
         "819 x 8192 of thkim0305/llama3.2_1B_vl: 26.84 MB (13.42 in bfloat16)",
         "ZeRO-3 offload",
+        "with gradient_checkpointing",
         "94 steps on 4 GPU(s) at 300 TFLOP/s each",
         "GPU hours",
     ):
