@@ -12,7 +12,7 @@ from fedml_plugin_fedmosaic.launch.resources import default_resources
 from fedml_plugin_fedmosaic.launch.sweep_plan import SweepPlan, make_plan, read_sweep_file
 
 FOLDER = Path(__file__).parents[3] / "configs" / "sweeps"
-NUM_RUNS = {"cross_family": 108, "quickstart_temperature": 6}
+NUM_RUNS = {"cross_family": 108, "quickstart_temperature": 6, "text_cross_family": 8}
 
 
 def plan_of(name: str) -> SweepPlan:
@@ -34,6 +34,18 @@ def test_the_quickstart_sweep_varies_the_temperature() -> None:
     found = {experiment.strategy["temperature"] for experiment in plan.experiments.values()}
     assert found == {0.1, 0.3, 1.0}
     assert all(not experiment.evaluation.compare for experiment in plan.experiments.values())
+
+
+def test_the_text_sweep_holds_the_documentations_table() -> None:
+    plan = plan_of("text_cross_family")
+    assert len(plan.experiments) == NUM_RUNS["text_cross_family"]
+    found = Counter(
+        (experiment.algo, experiment.strategy.get("share_pq", True))
+        for experiment in plan.experiments.values()
+    )
+    kinds = [("local", True), ("fedavg", True), ("fedmosaic", True), ("fedmosaic", False)]
+    assert found == dict.fromkeys(kinds, 2)
+    assert {experiment.data.source for experiment in plan.experiments.values()} == {"text"}
 
 
 def test_the_cross_family_sweep_holds_every_mix_strategy_and_seed(cross_family: SweepPlan) -> None:
