@@ -196,7 +196,7 @@ class AdapterConfig:
     alignment: str | None = None
     """Folder that ``fedmosaic align`` wrote; ``bundled`` takes the files beside bundled models."""
     anchor: str | None = None
-    """Model whose coordinates ``fedmosaic align`` gives to the others; the smallest when omitted."""
+    """Model whose coordinates ``fedmosaic align`` gives the others; the smallest when omitted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -29,9 +29,7 @@ def largest_gap(similarities: Sequence[float]) -> tuple[tuple[int, ...], float]:
     """
     _check(similarities)
     order = sorted(range(len(similarities)), key=lambda place: (-similarities[place], place))
-    gaps = [
-        similarities[high] - similarities[low] for high, low in pairwise(order)
-    ]
+    gaps = [similarities[high] - similarities[low] for high, low in pairwise(order)]
     width = max(gaps, default=0.0)
     if width <= 0:
         return tuple(range(len(similarities))), 0.0
