@@ -56,7 +56,8 @@ def command(
     from fedml_plugin_fedmosaic.core.errors import ConfigError
     from fedml_plugin_fedmosaic.report.adaptation import adaptation_table, read_adaptations
     from fedml_plugin_fedmosaic.report.html import write_report
-    from fedml_plugin_fedmosaic.runtime.adaptation import adapt_run, check_updates
+    from fedml_plugin_fedmosaic.runtime.adaptation import adapt_run
+    from fedml_plugin_fedmosaic.runtime.newcomer import check_updates
 
     try:
         numbers = check_updates(int(part) for part in updates.split(",") if part.strip())

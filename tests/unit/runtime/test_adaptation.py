@@ -16,15 +16,15 @@ from fedml_plugin_fedmosaic.core.work import LocalResult
 from fedml_plugin_fedmosaic.data.base import Sample
 from fedml_plugin_fedmosaic.report.adaptation import adaptation_table, read_adaptations
 from fedml_plugin_fedmosaic.report.html import write_report
-from fedml_plugin_fedmosaic.runtime.adaptation import (
+from fedml_plugin_fedmosaic.runtime.adaptation import adapt_run
+from fedml_plugin_fedmosaic.runtime.federation import prepare_run
+from fedml_plugin_fedmosaic.runtime.newcomer import (
     Donor,
     adapt,
-    adapt_run,
     aggregated_adapter,
     check_updates,
     training_batches,
 )
-from fedml_plugin_fedmosaic.runtime.federation import prepare_run
 
 
 def key(part: Part, layer: int = 0, branch: Branch = Branch.LOCAL) -> AdapterKey:
