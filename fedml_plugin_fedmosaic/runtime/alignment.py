@@ -22,6 +22,8 @@ from fedml_plugin_fedmosaic.runtime.alignment_files import (
 from fedml_plugin_fedmosaic.runtime.alignment_regression import FILE_NAME
 
 BUNDLED = "bundled"
+_WITHOUT = frozenset({"lora", "dual_lora"})
+"""Adapters without aligned factors; strategies that train them run beside others."""
 _MAKE = "make it with 'fedmosaic align --cf FILE'"
 
 

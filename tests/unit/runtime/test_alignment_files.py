@@ -17,12 +17,17 @@ from tiny_world import write_world
 from fedml_plugin_fedmosaic.config.loader import load_experiment
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, Experiment, ModelSpec
 from fedml_plugin_fedmosaic.core.errors import AdapterError, ConfigError, DataError
+from fedml_plugin_fedmosaic.core.registry import ADAPTERS
 from fedml_plugin_fedmosaic.core.types import Branch, Part
 from fedml_plugin_fedmosaic.engine.models import load_model
 from fedml_plugin_fedmosaic.engine.outline import outline_model
 from fedml_plugin_fedmosaic.runtime import aligner as aligner_module
 from fedml_plugin_fedmosaic.runtime.aligner import ModelAligner, PublicData, public_data
-from fedml_plugin_fedmosaic.runtime.alignment import check_alignments, load_alignment
+from fedml_plugin_fedmosaic.runtime.alignment import (
+    check_alignments,
+    load_alignment,
+    wants_alignment,
+)
 from fedml_plugin_fedmosaic.runtime.alignment_files import (
     manifest_path,
     read_manifest,
@@ -193,6 +198,12 @@ def load(folder: Path, models: dict[str, ModelSpec], name: str, **changes: Any) 
     return load_alignment(
         str(folder), name, models[name], outline_model(name, models[name]), adapter
     )
+
+
+def test_adapters_without_aligned_factors_take_none() -> None:
+    aligned = Experiment(adapter=replace(ADAPTER, alignment="folder"))
+    assert [name for name in ADAPTERS if wants_alignment(aligned, name)] == ["pq_lora"]
+    assert not any(wants_alignment(Experiment(adapter=ADAPTER), name) for name in ADAPTERS)
 
 
 def test_files_are_loaded_for_what_they_were_made_for(folder, models) -> None:
