@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +17,12 @@ from fedml_plugin_fedmosaic.core.errors import AdapterError
 from fedml_plugin_fedmosaic.core.registry import ADAPTERS
 from fedml_plugin_fedmosaic.core.rng import derive_seed
 from fedml_plugin_fedmosaic.core.types import (
-    CHANNEL_CONV,
     AdapterKey,
     AdapterState,
     Branch,
     Moments,
     OptimizerState,
     View,
-    channel_of,
 )
 from fedml_plugin_fedmosaic.core.work import (
     FitProgress,
@@ -39,6 +33,7 @@ from fedml_plugin_fedmosaic.core.work import (
 )
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import FitStopped, Score, ShouldStop, StepCallback
+from fedml_plugin_fedmosaic.engine.digests import layout_digests, vocabulary_digest
 from fedml_plugin_fedmosaic.engine.losses import LOSSES
 from fedml_plugin_fedmosaic.engine.mixers import Ensemble, ModelMixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
@@ -47,13 +42,13 @@ from fedml_plugin_fedmosaic.engine.objectives import ObjectiveStep, leaf_groups
 from fedml_plugin_fedmosaic.engine.probe import run_probe
 from fedml_plugin_fedmosaic.engine.scoring import score_task
 from fedml_plugin_fedmosaic.engine.sets import AdapterSets
+from fedml_plugin_fedmosaic.engine.stepping import (
+    NonFiniteLossError,
+    own_generator,
+    raise_unless_finite,
+    rate_factor,
+)
 from fedml_plugin_fedmosaic.engine.tally import Tally, means
-
-_WARM_UP = 0.1
-
-
-class NonFiniteLossError(RuntimeError):
-    """A training loss became infinite or not a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +128,7 @@ class TorchEngine:
         The digest of layer-wise (``conv``) tensors also covers the signature: they only mean
         something inside one shape class.
         """
-        shapes: dict[str, list[tuple[str, list[int]]]] = {}
-        for key, tensor in sorted(self._initial.items()):
-            if key.branch is Branch.LOCAL:
-                entry = (key.share_key, list(tensor.shape))
-                shapes.setdefault(channel_of(key.share_key), []).append(entry)
-        digests = {}
-        for channel, entries in shapes.items():
-            scope = self.info.signature if channel == CHANNEL_CONV else ""
-            text = json.dumps([scope, entries])
-            digests[channel] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        return digests
+        return layout_digests(self._initial, self.info.signature)
 
     def fit(
         self,
@@ -211,11 +196,28 @@ class TorchEngine:
         run = self._steps(
             pass_, batches, optimizer, done, seed=seed, on_step=on_step, should_stop=should_stop
         )
+        return self._outcome(run, batches, optimizer, progress, started)
+
+    def _outcome(
+        self,
+        run: _Steps,
+        batches: Sequence[Sequence[Sample]],
+        optimizer: torch.optim.Optimizer,
+        progress: FitProgress | None,
+        started: float,
+    ) -> LocalResult:
+        """What the steps of this call and of earlier ones have given.
+
+        Raises:
+            FitStopped: the pass is not over.
+            NonFiniteLossError: a loss is infinite or not a number.
+        """
+        done = 0 if progress is None else len(progress.losses)
         optimizer.zero_grad(set_to_none=True)
         self.adapter.model.eval()
         values = torch.stack(run.losses).tolist() if run.losses else []
         for step, value in enumerate(values, start=done):
-            self._raise_unless_finite(value, step, len(batches))
+            raise_unless_finite(self.info.name, value, step, len(batches))
         duration_s = time.perf_counter() - started
         num_tokens = run.num_tokens
         if progress is not None:
@@ -259,11 +261,11 @@ class TorchEngine:
         num_tokens = 0
         peak = [group["lr"] for group in optimizer.param_groups]
         one_step = self._stepper(pass_, optimizer)
-        with _own_generator(self._bundle.device) as reseed:
+        with own_generator(self._bundle.device) as reseed:
             for step, batch in enumerate(batches[done:], start=done):
                 reseed(self._step_seed(seed, step))
                 for group, rate in zip(optimizer.param_groups, peak, strict=True):
-                    group["lr"] = rate * self._schedule(step, len(batches))
+                    group["lr"] = rate * rate_factor(self._optim.schedule, step, len(batches))
                 loss, tokens = one_step(batch)
                 self._check_finite(loss, step, len(batches))
                 losses.append(loss)
@@ -334,8 +336,7 @@ class TorchEngine:
 
     def vocabulary(self) -> str:
         """Digest of the tokenizer's vocabulary: equal ones give logits of equal meaning."""
-        words = sorted(self._bundle.processor.tokenizer.get_vocab().items())
-        return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+        return vocabulary_digest(self._bundle.processor.tokenizer)
 
     def evaluate(
         self,
@@ -468,14 +469,6 @@ class TorchEngine:
         # Adapters are hundreds of small tensors: one fused kernel instead of a dozen per tensor.
         return torch.optim.AdamW(groups, weight_decay=self._optim.weight_decay, fused=True)
 
-    def _schedule(self, step: int, num_steps: int) -> float:
-        if self._optim.schedule == "constant":
-            return 1.0
-        warm_up = math.ceil(_WARM_UP * num_steps)
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / (num_steps - warm_up)))
-
     def _step(
         self, batch: Sequence[Sample], optimizer: torch.optim.Optimizer, loss_name: str
     ) -> tuple[Tensor, int]:
@@ -509,28 +502,7 @@ class TorchEngine:
     def _check_finite(self, loss: Tensor, step: int, num_steps: int) -> None:
         # Reading the value on an accelerator would wait for it; there it is read at the end.
         if loss.device.type == "cpu":
-            self._raise_unless_finite(float(loss), step, num_steps)
-
-    def _raise_unless_finite(self, value: float, step: int, num_steps: int) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss of model {self.info.name!r} is {value} at step {step + 1} of "
-                f"{num_steps}; lower optim.learning_rate and optim.pq_learning_rate, set "
-                "optim.max_grad_norm, or use dtype float32"
-            )
+            raise_unless_finite(self.info.name, float(loss), step, num_steps)
 
 
-@contextmanager
-def _own_generator(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Gives the model generators of its own; restores the global ones afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
-
-        def reseed(seed: int) -> None:
-            # torch.manual_seed would also queue a seed for every accelerator, with a stack trace.
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-
-        yield reseed
+__all__ = ["NonFiniteLossError", "TorchEngine"]
