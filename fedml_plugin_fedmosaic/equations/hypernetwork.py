@@ -61,12 +61,14 @@ def new_network(
     }
 
 
-def layer_weights(network: Network, known: Tensor) -> Tensor:
+def layer_weights(network: Network, known: Tensor, own: int) -> Tensor:
     """The mixing weights.
 
     Args:
         network: of the client.
         known: (S,) bool, sources that have uploaded something.
+        own: the client's position. While others are missing, those that are known share what all
+            of them would have, so the own layer's weight does not depend on how many there are.
 
     Returns:
         (L, S) float64, exactly 0 for who is not known; rows sum to 1.
@@ -76,11 +78,11 @@ def layer_weights(network: Network, known: Tensor) -> Tensor:
     """
     if not bool(known.any()):
         raise PlanError("layer-wise mixing needs at least one source; nobody has uploaded yet")
-    return _alpha({name: value.double() for name, value in network.items()}, known)
+    return _alpha({name: value.double() for name, value in network.items()}, known, own)
 
 
 def follow(
-    network: Network, known: Tensor, agreement: Tensor, learning_rate: float
+    network: Network, known: Tensor, own: int, agreement: Tensor, learning_rate: float
 ) -> dict[str, Tensor]:
     """One gradient step that raises the sum of ``alpha * agreement``.
 
@@ -90,6 +92,7 @@ def follow(
     Args:
         network: of the client.
         known: (S,) bool, sources of that mix.
+        own: the client's position.
         agreement: (L, S); ignored for who is not known.
         learning_rate: step size.
 
@@ -104,7 +107,7 @@ def follow(
         raise PlanError("layer-wise mixing cannot learn from nobody, or from values not finite")
     with torch.enable_grad():
         leaves = {n: value.detach().double().requires_grad_() for n, value in network.items()}
-        gain = (_alpha(leaves, known) * scores).sum()
+        gain = (_alpha(leaves, known, own) * scores).sum()
         gradients = torch.autograd.grad(gain, list(leaves.values()))
     return {
         name: (leaf.detach() + learning_rate * gradient).to(torch.float32)
@@ -134,9 +137,13 @@ def agreement(values: Tensor, change: Tensor, *, normalise: bool) -> Tensor:
     return scores / sizes[:, None]
 
 
-def _alpha(network: Network, known: Tensor) -> Tensor:
+def _alpha(network: Network, known: Tensor, own: int) -> Tensor:
     hidden = torch.tanh(network["w1"] @ network["v"] + network["b1"])
     hidden = hidden / math.sqrt(len(hidden))
     logits = network["w2"] @ hidden + network["b2"]
+    there = int(known.sum()) - int(known[own])
+    if there:
+        others = torch.arange(len(known)) != own
+        logits = logits + others * math.log((len(known) - 1) / there)
     weights: Tensor = logits.masked_fill(~known, -torch.inf).softmax(dim=1)
     return weights

@@ -200,7 +200,7 @@ class PFedLA(StrategyBase):
                 if network is None:
                     network = self._new(state, members, place)
                     networks[str(client)] = network
-                alpha = layer_weights(network, known)
+                alpha = layer_weights(network, known, place)
                 kept = self._kept(alpha[:, place]) if bool(known[place]) else frozenset()
                 start = torch.einsum("ls,sld->ld", alpha, values.double()).to(torch.float32)
                 for layer in sorted(kept):
@@ -239,7 +239,8 @@ class PFedLA(StrategyBase):
             values, trained - state["starts"][str(client)], normalise=self.options.normalise
         )
         network: Mapping[str, Tensor] = state["networks"][str(client)]
-        return follow(network, known, scores, self.options.hyper_learning_rate)
+        own = members.index(client)
+        return follow(network, known, own, scores, self.options.hyper_learning_rate)
 
     def _kept(self, own: Tensor) -> frozenset[int]:
         """Layers that stay local; of equal weights the first."""

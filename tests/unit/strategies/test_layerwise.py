@@ -61,19 +61,21 @@ def _network(self_weight: float = 0.5, layers: int = 2) -> dict[str, torch.Tenso
 
 
 def test_a_new_network_weighs_the_own_layer_and_shares_the_rest() -> None:
-    weights = layer_weights(_network(0.6), KNOWN)
+    weights = layer_weights(_network(0.6), KNOWN, 1)
     torch.testing.assert_close(weights, torch.tensor([[0.2, 0.6, 0.2]] * 2).double())
-    some = layer_weights(_network(0.6), torch.tensor([True, False, True]))
+    some = layer_weights(_network(0.6), torch.tensor([True, False, True]), 1)
     assert some.tolist() == [[0.5, 0.0, 0.5]] * 2
+    alone = layer_weights(_network(0.6), torch.tensor([True, True, False]), 1)
+    torch.testing.assert_close(alone, torch.tensor([[0.4, 0.6, 0.0]] * 2).double())
     with pytest.raises(PlanError, match="nobody has uploaded"):
-        layer_weights(_network(), torch.zeros(3, dtype=torch.bool))
+        layer_weights(_network(), torch.zeros(3, dtype=torch.bool), 1)
 
 
 def test_a_first_step_is_the_softmax_gradient() -> None:
     network = _network(0.5)
     scores = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    alpha = layer_weights(network, KNOWN)[0]
-    after = follow(network, KNOWN, scores, 0.1)
+    alpha = layer_weights(network, KNOWN, 1)[0]
+    after = follow(network, KNOWN, 1, scores, 0.1)
     slope = alpha * (scores[0] - (alpha * scores[0]).sum())
     torch.testing.assert_close(after["b2"][0], (network["b2"][0] + 0.1 * slope).float())
     assert torch.equal(after["b2"][1], network["b2"][1])
@@ -88,8 +90,8 @@ def test_who_agrees_gains_weight_layer_by_layer() -> None:
     network = _network(0.5)
     scores = torch.tensor([[0.8, 0.1, -0.5], [-0.5, 0.1, 0.8]])
     for _ in range(10):
-        network = follow(network, KNOWN, scores, 1.0)
-    weights = layer_weights(network, KNOWN)
+        network = follow(network, KNOWN, 1, scores, 1.0)
+    weights = layer_weights(network, KNOWN, 1)
     assert weights[0, 0] > 0.5 > weights[0, 2]
     assert weights[1, 2] > 0.5 > weights[1, 0]
 
