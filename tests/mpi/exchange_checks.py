@@ -14,7 +14,7 @@ from fedml_plugin_fedmosaic.comm.mixing import planned_bytes
 from fedml_plugin_fedmosaic.comm.mpi import MPICommunicator
 from fedml_plugin_fedmosaic.core.errors import CommError, PlanError
 from fedml_plugin_fedmosaic.core.rng import torch_generator
-from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow
+from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow, NearestQuery
 from fedml_plugin_fedmosaic.equations.mixing import TILE_COLUMNS
 
 MANY = 36  # clients: more than a tile of the similarity, divisible by 1, 2, 3 and 4 ranks
@@ -77,6 +77,13 @@ def relevance(comm: MPICommunicator) -> int:
             ways.add("columns" if columns <= rows else "rows")
             moved = total(comm, "relevance")
             check(moved == min(columns, rows), f"bytes of {kind}, fresh {fresh}: {moved}")
+    half = tuple(everyone)[::2]
+    queries = [NearestQuery(receivers=tuple(everyone), sources=half, k=5)]
+    (found,) = comm.nearest("columns", own, queries)
+    (whole,) = LocalCommunicator().nearest("columns", sketches, queries)
+    check(same_bits(found.sources, whole.sources), "the nearest clients")
+    check(same_bits(found.cosines, whole.cosines), "bits of their cosines")
+    compared += found.sources.numel()
     check(comm.size < 3 or ways == {"columns", "rows"}, f"both ways are taken: {ways}")
     _refuse_sketches(comm, own)
     return compared

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from toy_federation import random_plan, random_uploads, toy_sketch
 
 from fedml_plugin_fedmosaic.comm.local import LocalCommunicator
 from fedml_plugin_fedmosaic.comm.mpi_groups import GroupCommunicator
 from fedml_plugin_fedmosaic.core.errors import CommError, PlanError
-from fedml_plugin_fedmosaic.core.types import MixingPlan, MixRow, UpdateHeader
+from fedml_plugin_fedmosaic.core.types import (
+    MixingPlan,
+    MixRow,
+    NearestQuery,
+    Neighbours,
+    UpdateHeader,
+)
 
 NUM_CLIENTS = 6
+QUERIES = (
+    NearestQuery(receivers=tuple(range(NUM_CLIENTS)), sources=tuple(range(NUM_CLIENTS)), k=3),
+    NearestQuery(receivers=(2,), sources=(0, 2, 5), k=4),
+)
 
 
 def check(condition: bool, what: str) -> None:
@@ -27,6 +39,17 @@ def check(condition: bool, what: str) -> None:
 def split(sizes: list[int]) -> list[range]:
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def same_neighbours(
+    found: Sequence[Neighbours], local: LocalCommunicator, sketches: Mapping[int, Tensor]
+) -> None:
+    expected = local.nearest("columns", sketches, QUERIES)
+    for got, whole in zip(found, expected, strict=True):
+        check(got.receivers == whole.receivers, "receivers of the neighbours")
+        check(torch.equal(got.sources, whole.sources), "neighbours")
+        bits = whole.cosines.view(torch.int64)
+        check(torch.equal(got.cosines.view(torch.int64), bits), "bits of the neighbours")
 
 
 def compare(comm: GroupCommunicator, owned: tuple[int, ...]) -> int:
@@ -51,6 +74,7 @@ def compare(comm: GroupCommunicator, owned: tuple[int, ...]) -> int:
         bits = whole.values.view(torch.int64)
         check(torch.equal(relevance.values.view(torch.int64), bits), "bits of the relevance")
     check(comm.relevance("columns", {}, []).clients == (), "relevance of nobody")
+    same_neighbours(comm.nearest("columns", held, QUERIES), local, sketches)
     for seed in range(4):
         plan, uploads = random_plan(NUM_CLIENTS, seed), random_uploads(NUM_CLIENTS, seed)
         reference = local.execute(plan, uploads)
