@@ -142,8 +142,7 @@ def run_command(
         backend: overrides the configuration's backend.
         overrides: ``section.key=value`` texts.
         run_dir: folder for the results.
-        resume: folder of a run to go on with; ``cf`` and ``overrides`` may then change only what
-            does not change results.
+        resume: folder of a run to go on with; then only what does not change results may differ.
         from_round: with ``resume``: rounds to keep, of the strategy that is not finished.
         ranks: start the same run on so many MPI ranks of this machine and wait for it; with
             ``dry_run`` none is started. None: the ranks that are there.
@@ -151,15 +150,13 @@ def run_command(
         estimate: only say what the run would ask for; nothing is loaded.
         assumptions: of the estimate that this or ``dry_run`` prints.
         debug: show tracebacks of expected errors.
-        hooks: makes the host framework's hooks from the experiment; FedML's own by default, when
-            the experiment asks for differential privacy.
+        hooks: makes the host framework's hooks; by default FedML's own, for differential privacy.
 
     Returns:
         Exit code of the process: 0, 75 after SIGTERM or SIGUSR1 (everything is saved: resume the
-        run), 130 after Ctrl-C, or that of the error's class. Errors are
-        printed, not raised. In an MPI job with several ranks an error ends the whole job.
+        run), 130 after Ctrl-C, or that of the error's class. Errors are printed, not raised. In an
+        MPI job with several ranks an error ends the whole job.
     """
-    from fedml_plugin_fedmosaic.core.errors import RunInUse
     from fedml_plugin_fedmosaic.launch.env import end_job, mpi_world, world
     from fedml_plugin_fedmosaic.launch.mpiexec import run_ranks
 
@@ -170,15 +167,11 @@ def run_command(
             _check_ranks(backend)
         if ranks is not None and not (dry_run or estimate):
             arguments = _rank_arguments(algo, cf, overrides, run_dir, debug=debug)
-            for option, value in (("--resume", resume), ("--from-round", from_round)):
-                if value is not None:
-                    arguments += [option, str(value)]
-            return run_ranks(ranks, arguments)
+            return run_ranks(ranks, [*arguments, *_resume_arguments(resume, from_round)])
         experiment = _load(algo, cf, backend if ranks is None else "MPI", overrides, resume)
         if estimate:
             if rank == 0:
-                _print_lines(lines_of(experiment, ranks, assumptions))
-                click.echo("nothing was loaded or trained (--estimate)")
+                _print_estimate(lines_of(experiment, ranks, assumptions))
             return 0
         if experiment.comm.backend == "sp":
             world("sp")  # before the slow imports
@@ -188,9 +181,7 @@ def run_command(
         if dry_run:
             if rank == 0:
                 planned = replace(options, ranks=ranks or size)
-                prepared = _preparation(experiment, folder, hooks, planned)(())
-                clients = [(client.client_id, client.model_id) for client in prepared.data.clients]
-                _describe(prepared, lines_of(experiment, ranks or size, assumptions, clients))
+                _dry_run(experiment, folder, hooks, planned, assumptions)
             return 0
         prepare = _preparation(experiment, folder, hooks, options)
         summary = _execute(prepare, quiet=rank > 0)
@@ -203,12 +194,34 @@ def run_command(
         if rank > 0:
             click.echo(f"[rank {rank}]", err=True)
         code = exit_code_of(error, debug=debug)
-        noted = run_dir if resume is None else resume
-        if noted is not None and not dry_run and not isinstance(error, RunInUse):
-            _note_failure(Path(noted), code, error)
+        _note_failure(None if dry_run else resume or run_dir, code, error)
         end_job(code)
         return code
     return 0
+
+
+def _print_estimate(lines: Sequence[tuple[str, str]]) -> None:
+    _print_lines(lines)
+    click.echo("nothing was loaded or trained (--estimate)")
+
+
+def _dry_run(
+    experiment: Experiment,
+    folder: Path | None,
+    hooks: HooksFactory | None,
+    options: _Options,
+    assumptions: Assumptions | None,
+) -> None:
+    """Loads and checks everything, and says what would run."""
+    prepared = _preparation(experiment, folder, hooks, options)(())
+    clients = [(client.client_id, client.model_id) for client in prepared.data.clients]
+    _describe(prepared, lines_of(experiment, options.ranks, assumptions, clients))
+
+
+def _resume_arguments(resume: Path | str | None, from_round: int | None) -> list[str]:
+    """The options of a rank that goes on with a run."""
+    options = (("--resume", resume), ("--from-round", from_round))
+    return [word for name, value in options if value is not None for word in (name, str(value))]
 
 
 def _check_ranks(backend: str | None) -> None:
@@ -252,13 +265,17 @@ def _check_resume(
         )
 
 
-def _note_failure(run_dir: Path, code: int, error: BaseException) -> None:
+def _note_failure(run_dir: Path | str | None, code: int, error: BaseException) -> None:
     """Tells the job's owner, also when the run failed before it could start."""
+    from fedml_plugin_fedmosaic.core.errors import RunInUse
     from fedml_plugin_fedmosaic.launch.base import JOB_FILE
     from fedml_plugin_fedmosaic.runtime.status import say_ended
 
-    if (run_dir / JOB_FILE).is_file():
-        say_ended(run_dir, code, str(error).partition("\n")[0] or type(error).__name__)
+    if run_dir is None or isinstance(error, RunInUse):
+        return
+    if (Path(run_dir) / JOB_FILE).is_file():
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        say_ended(Path(run_dir), code, reason)
 
 
 def _load(

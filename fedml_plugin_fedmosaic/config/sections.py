@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from fedml_plugin_fedmosaic.config.judge import JudgeConfig
+from fedml_plugin_fedmosaic.config.privacy import PrivacyConfig
 from fedml_plugin_fedmosaic.config.shift import ShiftConfig
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
@@ -381,26 +382,6 @@ class LauncherConfig:
     """Seconds before the time limit at which the ranks save and stop."""
     chain: PositiveInt = 1
     """Jobs in a row, each going on where the one before was stopped, instead of requeueing."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class PrivacyConfig:
-    """``dp_args``: FedML's differential privacy, in FedML's flat spelling."""
-
-    enable_dp: bool = False
-    """Noise on updates through FedML's hooks."""
-    dp_solution_type: Literal["ldp", "cdp"] = "ldp"
-    """Local (each client) or central (server)."""
-    mechanism_type: Literal["laplace", "gaussian"] = "gaussian"
-    """Noise mechanism."""
-    epsilon: PositiveFloat = 0.5
-    """FedML's epsilon."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """FedML's delta."""
-    sensitivity: PositiveFloat = 1.0
-    """FedML's sensitivity."""
-    clipping_norm: PositiveFloat | None = None
-    """Clipping norm of the central mechanism."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedml_plugin_fedmosaic.adapters.handle import check_state
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, EvalConfig, OptimConfig
-from fedml_plugin_fedmosaic.core.errors import AdapterError, ConfigError, DataError
+from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
 from fedml_plugin_fedmosaic.core.rng import derive_seed
 from fedml_plugin_fedmosaic.core.types import (
     AdapterKey,
@@ -41,7 +41,12 @@ from fedml_plugin_fedmosaic.core.work import FitProgress, LocalResult, Pass, Pro
 from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
 from fedml_plugin_fedmosaic.engine.base import Score, ShouldStop, StepCallback
 from fedml_plugin_fedmosaic.engine.deepspeed_shards import Shards, is_partitioned, write_weights
-from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
+from fedml_plugin_fedmosaic.engine.deepspeed_world import (
+    AllRanks,
+    GroupWorld,
+    nothing_to_broadcast,
+    one_rank_only,
+)
 from fedml_plugin_fedmosaic.engine.losses import LOSSES
 from fedml_plugin_fedmosaic.engine.mixers import ModelMixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
@@ -164,7 +169,7 @@ class DeepSpeedEngine(TorchEngine):
         """
         del sets, tensors  # only other losses than the task's need them
         if not pass_.is_plain:
-            raise _one_rank_only(f"the losses of pass {pass_.name!r}")
+            raise one_rank_only(f"the losses of pass {pass_.name!r}")
 
         def agreed() -> bool:
             return self._group.sum([float(should_stop is not None and should_stop())])[0] > 0
@@ -192,7 +197,7 @@ class DeepSpeedEngine(TorchEngine):
     ) -> Score:
         """As :meth:`TorchEngine.evaluate`; all ranks run the same batches and get one score."""
         if view is View.ENSEMBLE or mixer is not None:
-            raise _one_rank_only("a model that puts logits together")
+            raise one_rank_only("a model that puts logits together")
         self._require_open()
         if self._engine is None:
             self._initialise()
@@ -317,13 +322,13 @@ class DeepSpeedEngine(TorchEngine):
             AdapterError: always.
         """
         del adapter, sets, samples
-        raise _one_rank_only(f"probe {probe.name!r}")
+        raise one_rank_only(f"probe {probe.name!r}")
 
     def _total(self, values: Sequence[float]) -> Sequence[float]:
         return self._group.sum(list(values))
 
     def _forward_model(self) -> Any:
-        return _AllRanks(self._engine, self._group) if self._stage == 3 else self.adapter.model
+        return AllRanks(self._engine, self._group) if self._stage == 3 else self.adapter.model
 
     # DeepSpeed's engine.
 
@@ -356,7 +361,7 @@ class DeepSpeedEngine(TorchEngine):
             if parameters
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self._optim.weight_decay, fused=True)
-        with self._active(), _nothing_to_broadcast(self._deepspeed), warnings.catch_warnings():
+        with self._active(), nothing_to_broadcast(self._deepspeed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if self._stage == 3:
                 self._partition()
@@ -437,47 +442,6 @@ class DeepSpeedEngine(TorchEngine):
         for rank, text in enumerate(self._group.texts(problem)):
             if text:
                 raise DataError(f"rank {rank} of the group: {text}")
-
-
-def _one_rank_only(what: str) -> AdapterError:
-    return AdapterError(
-        f"{what}: DeepSpeed trains and evaluates one view with the task loss only",
-        hint="train this strategy with ranks: 1 and engine: torch for all models",
-    )
-
-
-@contextmanager
-def _nothing_to_broadcast(deepspeed: Any) -> Iterator[None]:
-    """Every rank has loaded the same model and drawn the same adapter; sending it is a waste.
-
-    It would also fail: DeepSpeed cannot broadcast a tensor without axes, such as a scalar gate.
-    """
-    engine_class = deepspeed.DeepSpeedEngine
-    before = engine_class._broadcast_model
-    engine_class._broadcast_model = lambda _: None
-    try:
-        yield
-    finally:
-        engine_class._broadcast_model = before
-
-
-class _AllRanks:
-    """A sharded model in evaluation: every rank runs the same passes and sees the same logits.
-
-    Equal logits on all ranks make equal decisions (when a text ends, say), so that no rank stops
-    while others wait for its part of the weights.
-    """
-
-    def __init__(self, engine: Any, group: GroupWorld) -> None:
-        self._engine = engine
-        self._group = group
-
-    def __call__(self, **inputs: Any) -> Any:
-        # Weights that are gathered in inference mode could not be trained afterwards.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            output = self._engine(**inputs)
-            output.logits = self._group.lead(output.logits.contiguous())
-            return output
 
 
 __all__ = ["DeepSpeedEngine", "import_deepspeed", "is_partitioned", "open_deepspeed"]

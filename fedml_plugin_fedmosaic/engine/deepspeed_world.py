@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from fedml_plugin_fedmosaic.core.errors import CommError
+from fedml_plugin_fedmosaic.core.errors import AdapterError, CommError
 from fedml_plugin_fedmosaic.core.types import ProcessWorld
 
 _LOCAL_RANK_OF_MPI = "OMPI_COMM_WORLD_LOCAL_RANK"
@@ -145,3 +146,46 @@ class GroupWorld:
 def _close() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def nothing_to_broadcast(deepspeed: Any) -> Iterator[None]:
+    """Every rank has loaded the same model and drawn the same adapter; sending it is a waste.
+
+    It would also fail: DeepSpeed cannot broadcast a tensor without axes, such as a scalar gate.
+    """
+    engine_class = deepspeed.DeepSpeedEngine
+    before = engine_class._broadcast_model
+    engine_class._broadcast_model = lambda _: None
+    try:
+        yield
+    finally:
+        engine_class._broadcast_model = before
+
+
+class AllRanks:
+    """A sharded model in evaluation: every rank runs the same passes and sees the same logits.
+
+    Equal logits on all ranks make equal decisions (when a text ends, say), so that no rank stops
+    while others wait for its part of the weights.
+    """
+
+    def __init__(self, engine: Any, group: GroupWorld) -> None:
+        self._engine = engine
+        self._group = group
+
+    def __call__(self, **inputs: Any) -> Any:
+        """One forward pass; the leader's logits on every rank."""
+        # Weights that are gathered in inference mode could not be trained afterwards.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            output = self._engine(**inputs)
+            output.logits = self._group.lead(output.logits.contiguous())
+            return output
+
+
+def one_rank_only(what: str) -> AdapterError:
+    """The error for work that several ranks cannot do together."""
+    return AdapterError(
+        f"{what}: DeepSpeed trains and evaluates one view with the task loss only",
+        hint="train this strategy with ranks: 1 and engine: torch for all models",
+    )

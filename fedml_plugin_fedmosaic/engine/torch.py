@@ -28,19 +28,15 @@ from fedml_plugin_fedmosaic.core.work import (
     FitProgress,
     LocalResult,
     Pass,
-    Probe,
-    ProbeResult,
 )
-from fedml_plugin_fedmosaic.data.base import Sample, TaskSpec
-from fedml_plugin_fedmosaic.engine.base import FitStopped, Score, ShouldStop, StepCallback
-from fedml_plugin_fedmosaic.engine.digests import layout_digests, vocabulary_digest
+from fedml_plugin_fedmosaic.data.base import Sample
+from fedml_plugin_fedmosaic.engine.base import FitStopped, ShouldStop, StepCallback
+from fedml_plugin_fedmosaic.engine.digests import layout_digests
+from fedml_plugin_fedmosaic.engine.looking import LookingEngine
 from fedml_plugin_fedmosaic.engine.losses import LOSSES
-from fedml_plugin_fedmosaic.engine.mixers import Ensemble, ModelMixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.moments import collect_moments, load_moments
 from fedml_plugin_fedmosaic.engine.objectives import ObjectiveStep, leaf_groups
-from fedml_plugin_fedmosaic.engine.probe import run_probe
-from fedml_plugin_fedmosaic.engine.scoring import score_task
 from fedml_plugin_fedmosaic.engine.sets import AdapterSets
 from fedml_plugin_fedmosaic.engine.stepping import (
     NonFiniteLossError,
@@ -60,7 +56,7 @@ class _Steps:
     stopped: bool
 
 
-class TorchEngine:
+class TorchEngine(LookingEngine):
     """Trains and evaluates one base model with one adapter structure.
 
     The adapter is put into the bundle's model and stays there until :meth:`close`; a bundle has
@@ -302,86 +298,6 @@ class TorchEngine:
                 load_moments(optimizer, leaves, progress.set_moments.get(name, {}))
         self.adapter.model.train()
         return optimizer
-
-    def probe(
-        self,
-        probe: Probe,
-        adapter: AdapterState,
-        sets: Mapping[str, AdapterState],
-        samples: Sequence[Sample],
-    ) -> ProbeResult:
-        """Looks at models without training them.
-
-        Args:
-            probe: which models, and what of them.
-            adapter: the client's tensors.
-            sets: the client's adapter sets that the probe names.
-            samples: what they are shown.
-
-        Returns:
-            Losses per model and task; with ``logits`` and ``hidden`` also these tensors.
-
-        Raises:
-            AdapterError: tensors do not fit, or there is no such set.
-            DataError: a sample cannot be encoded.
-        """
-        self._load(adapter)
-        self.adapter.model.eval()
-        self._bundle.processor.prefetch(samples)
-        named = AdapterSets(self.adapter.parameters(), sets)
-        tally = Tally(self.info.num_parameters, ())
-        return run_probe(
-            probe, self.adapter, named, samples, self._bundle.processor, self._optim, tally
-        )
-
-    def vocabulary(self) -> str:
-        """Digest of the tokenizer's vocabulary: equal ones give logits of equal meaning."""
-        return vocabulary_digest(self._bundle.processor.tokenizer)
-
-    def evaluate(
-        self,
-        adapter: AdapterState | None,
-        view: View,
-        samples: Sequence[Sample],
-        task: TaskSpec,
-        *,
-        mixer: ModelMixer | None = None,
-    ) -> Score:
-        """Scores one task.
-
-        Args:
-            adapter: a client's tensors; None for the untouched base model.
-            view: branches to use; ignored for the base model.
-            samples: test samples.
-            task: says how answers are judged.
-            mixer: changes the model's logits; see :mod:`engine.mixers`.
-
-        Returns:
-            The score; NaN without samples.
-        """
-        if adapter is None:
-            self._require_open()
-            view = View.BASE
-        else:
-            self._load(adapter)
-        if view is not View.ENSEMBLE:
-            self.adapter.set_view(view)
-        self.adapter.model.eval()
-        self._bundle.processor.prefetch(samples)
-        model = self._forward_model()
-        if view is View.ENSEMBLE:
-            model = Ensemble(model, self.adapter)
-        if mixer is not None:
-            model = mixer(model, self._bundle.processor)
-        return score_task(
-            model,
-            self._bundle.processor,
-            samples,
-            task,
-            self._evaluation,
-            # An input gate looks at the whole sequence, so choices cannot share their prompt.
-            share_prompt=not (self._has_input_gate and view is View.GATED),
-        )
 
     def close(self) -> None:
         """Takes the adapter out; the base model is as it was before. May be called twice."""

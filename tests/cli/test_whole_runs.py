@@ -34,8 +34,8 @@ def invoke(*args: str) -> Result:
 def test_a_dry_run_describes_and_writes_nothing(cf: str, tmp_path: Path) -> None:
     result = invoke("run", "--cf", cf, "--dry-run", "--algo", "local")
     assert result.exit_code == 0, result.stderr
-    assert "strategies   local\n" in result.stdout
-    assert "client 1     large: Pets1-0\n" in result.stdout
+    assert "strategies      local\n" in result.stdout
+    assert "client 1        large: Pets1-0\n" in result.stdout
     assert "nothing was trained" in result.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedml_plugin_fedmosaic.config.sections import CommonArgs, Experiment, PrivacyConfig
+from fedml_plugin_fedmosaic.config.privacy import PrivacyConfig
+from fedml_plugin_fedmosaic.config.sections import CommonArgs, Experiment
 from fedml_plugin_fedmosaic.core.errors import ClientFailure, ConfigError
 from fedml_plugin_fedmosaic.core.types import ClientUpdate, UpdateHeader
 from fedml_plugin_fedmosaic.integrations.fedml.privacy import make_hooks

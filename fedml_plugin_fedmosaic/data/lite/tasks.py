@@ -299,83 +299,97 @@ def _readings(s: _Subjects) -> list[LiteTask]:
     ]  # fmt: skip
 
 
-def _unseen(variant: Variant, s: _Subjects) -> list[LiteTask]:
+_NEW_DOMAIN: dict[str, Any] = {"unseen": "new visual domain"}
+_NEW_KIND: dict[str, Any] = {"unseen": "new task type"}
+
+
+def _new_domains() -> list[LiteTask]:
+    """Kinds of images that no client has."""
     v = subjects
-    domain: dict[str, Any] = {"unseen": "new visual domain"}
-    kind: dict[str, Any] = {"unseen": "new task type"}
     name = makers.name("What does the image show?")
     pick = makers.select("Which image shows a {}?", 3)
-    if variant == "full":
-        domains = [
-            _task(
-                "Clipart-0",
-                "DreamSim",
-                v.DRAWINGS,
-                pick,
-                LETTERS[:3],
-                "pick the drawing of a word",
-                **domain,
-            ),
-            _task(
-                "Silhouette-0",
-                "Mantis caption 0",
-                v.SILHOUETTES,
-                name,
-                _labels,
-                "name a silhouette",
-                **domain,
-            ),
-            _task("Edges-0", "imagecode", v.EDGES, name, _labels, "name an edge drawing", **domain),
-            _task(
-                "Shape-0",
-                "imagecode",
-                v.SHAPE_COLOURS,
-                makers.name("Which colour does the image show?"),
-                _labels,
-                "name the colour of a rendered shape",
-                **domain,
-            ),
-        ]
-    else:
-        colours = ("red", "blue", "green", "yellow")
-        domains = [
-            _task(
-                "Flag-0",
-                "DreamSim",
-                v.FLAGS,
-                makers.select("Which image is mostly {}?", 3),
-                LETTERS[:3],
-                "pick the flag of a colour",
-                **domain,
-            ),
-            _task(
-                "Flag-1",
-                "Mantis caption 0",
-                v.FLAGS,
-                makers.name("Which colour does the flag show most?", choices=colours),
-                _labels,
-                "name the colour of a flag",
-                **domain,
-            ),
-            _task(
-                "Flag-2",
-                "imagecode",
-                v.FLAGS,
-                makers.same("Both are mostly of one colour."),
-                TRUTH,
-                "same colour of two flags",
-                **domain,
-            ),
-            _task(
-                "Written-0",
-                "imagecode",
-                v.DIGITS,
-                makers.largest("Which image shows the largest number?", 3),
-                LETTERS[:3],
-                "largest of three written digits",
-                **domain,
-            ),
-        ]
+    return [
+        _task(
+            "Clipart-0",
+            "DreamSim",
+            v.DRAWINGS,
+            pick,
+            LETTERS[:3],
+            "pick the drawing of a word",
+            **_NEW_DOMAIN,
+        ),
+        _task(
+            "Silhouette-0",
+            "Mantis caption 0",
+            v.SILHOUETTES,
+            name,
+            _labels,
+            "name a silhouette",
+            **_NEW_DOMAIN,
+        ),
+        _task(
+            "Edges-0", "imagecode", v.EDGES, name, _labels, "name an edge drawing", **_NEW_DOMAIN
+        ),
+        _task(
+            "Shape-0",
+            "imagecode",
+            v.SHAPE_COLOURS,
+            makers.name("Which colour does the image show?"),
+            _labels,
+            "name the colour of a rendered shape",
+            **_NEW_DOMAIN,
+        ),
+    ]
+
+
+def _new_package_domains() -> list[LiteTask]:
+    """The same from packages only."""
+    v = subjects
+    colours = ("red", "blue", "green", "yellow")
+    return [
+        _task(
+            "Flag-0",
+            "DreamSim",
+            v.FLAGS,
+            makers.select("Which image is mostly {}?", 3),
+            LETTERS[:3],
+            "pick the flag of a colour",
+            **_NEW_DOMAIN,
+        ),
+        _task(
+            "Flag-1",
+            "Mantis caption 0",
+            v.FLAGS,
+            makers.name("Which colour does the flag show most?", choices=colours),
+            _labels,
+            "name the colour of a flag",
+            **_NEW_DOMAIN,
+        ),
+        _task(
+            "Flag-2",
+            "imagecode",
+            v.FLAGS,
+            makers.same("Both are mostly of one colour."),
+            TRUTH,
+            "same colour of two flags",
+            **_NEW_DOMAIN,
+        ),
+        _task(
+            "Written-0",
+            "imagecode",
+            v.DIGITS,
+            makers.largest("Which image shows the largest number?", 3),
+            LETTERS[:3],
+            "largest of three written digits",
+            **_NEW_DOMAIN,
+        ),
+    ]
+
+
+def _unseen(variant: Variant, s: _Subjects) -> list[LiteTask]:
+    v = subjects
+    kind = _NEW_KIND
+    domains = _new_domains() if variant == "full" else _new_package_domains()
     return [
         *domains,
         _task("Coherence-0", "RecipeQA coherence", s.hands,

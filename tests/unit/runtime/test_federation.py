@@ -65,6 +65,7 @@ def test_run_folder_is_complete(world: Path, tmp_path: Path) -> None:
         "environment.json",
         "clients.json",
         "topology.json",
+        "schedule.json",
         "status.json",
         "run.lock",
         "metrics.jsonl",
