@@ -6,6 +6,7 @@ holds on every rank, and ``failed ...`` for what does not; the test reads these 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -41,6 +42,7 @@ COMM = MPI.COMM_WORLD
 FOLDER, PORT = Path(sys.argv[1]), int(sys.argv[2])
 DEVICE = torch.device("cpu")
 TOLERANCE = 1e-5
+HANG_S = 300
 ADAPTER = AdapterConfig(rank=2, alpha=4, num_blocks=2)
 EVALUATION = EvalConfig(batch_size=4, max_new_tokens=3)
 OPTIM = OptimConfig(
@@ -262,7 +264,8 @@ def low_precision(case: str) -> str:
 def pictures(case: str) -> str:
     """An image-text model with an input gate; the vision tower is sharded, too."""
     pair = Pair(case, model="llava", adapter=replace(ADAPTER, gate="input"))
-    samples = image_samples(FOLDER / "images", 8)
+    # A folder per rank: nobody reads a file that another rank is writing.
+    samples = image_samples(FOLDER / f"images{COMM.rank}", 8)
     task = TaskSpec(dataset="colours", subset_id=0, kind="multi-choice")
     start = pair.one.initial_adapter()
     batches = [samples[:4], samples[4:]]
@@ -320,11 +323,12 @@ CHECKS: list[tuple[str, str, Callable[[], str]]] = [
 
 
 def main() -> None:
+    # Ranks that wait for each other for ever say where, and end.
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
     torch.set_num_threads(1)
     if COMM.rank == 0:
         save_text_model(FOLDER / "text", "llama", hidden=16, layers=2)
         save_llava(FOLDER / "llava", "qwen2", hidden=16, layers=2)
-        image_samples(FOLDER / "images", 8)
     COMM.barrier()
     environment = dict(os.environ)
     wanted = sys.argv[3:]
