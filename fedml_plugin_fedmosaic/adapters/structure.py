@@ -78,8 +78,7 @@ def find_text_tower(
         )
     count = _configured_layers(model) if num_layers is None else num_layers
     owner, layers_name, layers = _decoder_layers(model, count)
-    if wanted == [ALL_LINEAR]:
-        wanted = linear_names(layers[0])
+    wanted = resolved_names(wanted, linear_names(layers[0]))
     targets: list[Target] = []
     problems: list[str] = []
     for index, layer in enumerate(layers):
@@ -113,6 +112,17 @@ def find_text_tower(
 def linear_names(layer: nn.Module) -> list[str]:
     """Last names of a decoder layer's linears, ascending; adapters on them do not count."""
     return sorted({path.rpartition(".")[2] for path, _ in _linears(layer, None, [], "")})
+
+
+def resolved_names(target_modules: Iterable[str], linears: Iterable[str]) -> list[str]:
+    """Last names of the linears that target modules stand for, ascending.
+
+    Args:
+        target_modules: as configured; ``all-linear`` alone stands for all.
+        linears: what a decoder layer of the model has, see :func:`linear_names`.
+    """
+    wanted = sorted(set(target_modules))
+    return sorted(set(linears)) if wanted == [ALL_LINEAR] else wanted
 
 
 def _configured_layers(model: nn.Module) -> int:

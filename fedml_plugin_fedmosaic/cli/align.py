@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedml_plugin_fedmosaic.config.sections import Experiment
+    from fedml_plugin_fedmosaic.runtime.alignment_files import AlignmentManifest
 
 _STAGES = {"A": "fitting A", "B": "turning B", "check": "checking"}
 
@@ -161,7 +162,7 @@ def command(
             progress=progress,
             done=lambda manifest, known: console.print(
                 f"{manifest.model.name}: "
-                + ("the anchor" if manifest.is_anchor else f"aligned with {manifest.anchor.name}")
+                + _standing(manifest, aligner.anchor)
                 + (", was there already" if known else f", {manifest.duration_s:.1f} s"),
                 markup=False,
                 highlight=False,
@@ -203,6 +204,12 @@ def _named(text: str) -> tuple[str, str]:
     if equals:
         return name, path
     return Path(text).name if Path(text).is_dir() else text.removeprefix("bundled:"), text
+
+
+def _standing(manifest: AlignmentManifest, anchor: str) -> str:
+    if not manifest.is_anchor:
+        return f"aligned with {manifest.anchor.name}"
+    return "the anchor" if manifest.model.name == anchor else "an anchor of its own"
 
 
 def _folder(experiment: Experiment, cf: Path | None) -> Path:

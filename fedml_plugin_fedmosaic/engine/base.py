@@ -25,6 +25,8 @@ class ModelInfo:
     signature: str
     num_layers: int
     num_parameters: int
+    linears: tuple[str, ...] = ()
+    """Last names of the linears of a decoder layer, ascending: what ``all-linear`` stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

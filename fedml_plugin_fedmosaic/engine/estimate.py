@@ -110,7 +110,8 @@ def reference_trainable(shape: ModelShape, config: AdapterConfig) -> int:
     """
     size = adapter_size(shape, _with_input_gate(config), "pq_lora")
     per_linear = config.rank**2 + config.rank
-    unused = (shape.layers - config.num_blocks) * len(config.target_modules) * per_linear
+    count = len(_carriers(shape, config)) // shape.layers
+    unused = (shape.layers - config.num_blocks) * count * per_linear
     return size.trainable + size.gate + unused
 
 
@@ -121,7 +122,7 @@ def reference_state(shape: ModelShape, config: AdapterConfig) -> int:
     """
     size = adapter_size(shape, _with_input_gate(config), "pq_lora")
     per_linear = config.rank**2 + config.rank
-    everywhere = shape.layers * len(config.target_modules) * per_linear
+    everywhere = len(_carriers(shape, config)) * per_linear
     return 2 * (size.conventional + size.frozen + everywhere + size.gate)
 
 

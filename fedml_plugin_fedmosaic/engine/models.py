@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from fedml_plugin_fedmosaic.adapters.base import InjectedAdapter
+from fedml_plugin_fedmosaic.adapters.structure import linear_names
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, IntegrationError
 from fedml_plugin_fedmosaic.data.prompt import PLAIN_TEMPLATE, PromptEncoder
@@ -267,6 +268,7 @@ def _bundle(
             signature=signature(text_config),
             num_layers=len(layers),
             num_parameters=num_parameters,
+            linears=tuple(linear_names(layers[0])),
         ),
         num_layers=len(layers),
         device=device,

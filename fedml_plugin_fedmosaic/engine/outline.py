@@ -12,6 +12,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from fedml_plugin_fedmosaic.adapters.structure import linear_names
 from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.models import (
@@ -20,6 +21,7 @@ from fedml_plugin_fedmosaic.engine.models import (
     signature,
     size_label,
 )
+from fedml_plugin_fedmosaic.engine.parts import decoder_layers
 from fedml_plugin_fedmosaic.engine.places import model_folder
 
 
@@ -33,7 +35,8 @@ def outline_model(name: str, spec: ModelSpec) -> ModelInfo:
         spec: as for ``load_model``.
 
     Raises:
-        ConfigError: no such model, or its configuration is damaged.
+        ConfigError: no such model, its configuration is damaged, or it has no list of decoder
+            layers.
     """
     source = model_folder(name, spec)
     with errors_named(name, spec.path):
@@ -48,6 +51,7 @@ def outline_model(name: str, spec: ModelSpec) -> ModelInfo:
             model = loader.from_config(config)
     text_config = config.get_text_config()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers = decoder_layers(model.get_decoder(), text_config.num_hidden_layers, name)
     return ModelInfo(
         name=name,
         family=str(text_config.model_type),
@@ -55,4 +59,5 @@ def outline_model(name: str, spec: ModelSpec) -> ModelInfo:
         signature=signature(text_config),
         num_layers=int(text_config.num_hidden_layers),
         num_parameters=num_parameters,
+        linears=tuple(linear_names(layers[0])),
     )

@@ -109,7 +109,7 @@ def quality_table(manifests: Mapping[str, Manifest]) -> SummaryTable:
 
 def warnings_of(manifests: Mapping[str, Manifest]) -> list[str]:
     """What a user should know before trusting the files; one sentence each."""
-    lines: list[str] = []
+    lines = _strangers(manifests)
     for name, manifest in manifests.items():
         quality = manifest["quality"]
         if quality is None:
@@ -142,6 +142,22 @@ def warnings_of(manifests: Mapping[str, Manifest]) -> list[str]:
                 f"{name}: {short} linears have directions without a partner; their B is smaller "
                 "there. Give more public samples, or a smaller rank"
             )
+    return lines
+
+
+def _strangers(manifests: Mapping[str, Manifest]) -> list[str]:
+    """Models that have other linears than the first anchor, and so other coordinates."""
+    first, *others = manifests.values()
+    lines = []
+    for manifest in others:
+        if manifest["target_modules"] == first["target_modules"]:
+            continue
+        common = [name for name in first["target_modules"] if name in manifest["target_modules"]]
+        lines.append(
+            f"{manifest['model']['name']}: its linears ({', '.join(manifest['target_modules'])}) "
+            f"are not those of {first['model']['name']}; P and Q of their clients are not mixed"
+            + (f". Both have adapter.target_modules: [{', '.join(common)}]" if common else "")
+        )
     return lines
 
 
@@ -196,9 +212,10 @@ def alignment_page(manifests: Mapping[str, Manifest]) -> str:
     )
     sections.append(Section("manifests", "Manifests", "Without their quality.", text=details))
     data = first["data"]
+    anchors = dict.fromkeys(manifest["anchor"]["name"] for manifest in manifests.values())
     return render(
         title="Alignment",
-        subtitle=f"anchor {first['anchor']['name']} · rank {first['rank']} · "
+        subtitle=f"anchor {', '.join(anchors)} · rank {first['rank']} · "
         f"{first['num_blocks']} blocks · {data['num_samples']:,} public samples",
         numbers=_headlines(manifests),
         sections=sections,

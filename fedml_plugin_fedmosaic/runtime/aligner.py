@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from fedml_plugin_fedmosaic.adapters.structure import resolved_names
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.config.sections import Experiment, ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
@@ -123,6 +124,8 @@ class _Model:
     spec: ModelSpec
     info: ModelInfo
     identity: ModelIdentity
+    modules: tuple[str, ...]
+    """Names of its aligned linears, ascending."""
 
 
 class ModelAligner:
@@ -130,6 +133,10 @@ class ModelAligner:
 
     Two models are in memory at a time. What is in the output folder or in the user's cache already
     is not made again, so that an interrupted call goes on where it was.
+
+    P and Q of two models are mixed only if their adapted linears have the same names. With
+    ``all-linear`` that is decided by the architectures: models with other names than the anchor's
+    are aligned among themselves, with the smallest of them.
 
     Args:
         experiment: models, adapter and device.
@@ -141,10 +148,13 @@ class ModelAligner:
 
     Attributes:
         anchor: its name.
-        models: names of the models to align, the anchor first.
+        anchors: name of every model -> the model whose coordinates it takes.
+        models: names of the models to align, the anchor first; models with another anchor follow,
+            each such anchor before its own.
 
     Raises:
-        ConfigError: there is no second model, no such anchor, or a model is missing.
+        ConfigError: there is no second model, no such anchor, a model is missing, or no two models
+            have linears of the same names.
     """
 
     def __init__(
@@ -173,11 +183,19 @@ class ModelAligner:
         self._data = data
         self._out = out
         self._options = options or AlignOptions()
-        found = [_identified(name, spec) for name, spec in specs.items()]
+        targets = experiment.adapter.target_modules
+        found = [_identified(name, spec, targets) for name, spec in specs.items()]
         found.sort(key=lambda model: (model.info.num_parameters, model.name))
         self._models = {model.name: model for model in found}
         self.anchor = anchor or found[0].name
-        self.models = (self.anchor, *(name for name in self._models if name != self.anchor))
+        self.anchors = _anchors(self._models, self.anchor)
+        leaders = dict.fromkeys([self.anchor, *self.anchors.values()])
+        self.models = tuple(
+            name
+            for leader in leaders
+            for name in dict.fromkeys([leader, *self._models])
+            if self.anchors[name] == leader
+        )
         self._digest = samples_digest(data.samples)
         self._device = torch.device(
             "cuda" if experiment.device.using_gpu and torch.cuda.is_available() else "cpu"
@@ -186,10 +204,10 @@ class ModelAligner:
 
     def key(self, name: str) -> str:
         """Name of everything that a model's files follow from."""
-        anchor, model = self._models[self.anchor].identity, self._models[name].identity
+        anchor, model = self._models[self.anchors[name]].identity, self._models[name].identity
         adapter = self._experiment.adapter
-        places = [adapter.rank, adapter.num_blocks, sorted(adapter.target_modules)]
-        if name == self.anchor:
+        places = [adapter.rank, adapter.num_blocks, list(self._models[name].modules)]
+        if self.anchors[name] == name:
             return alignment_key(anchor=anchor.weights, places=places, seed=self._options.seed)
         return alignment_key(
             anchor=[anchor.weights, anchor.dtype],
@@ -238,12 +256,13 @@ class ModelAligner:
     def _make(self, name: str, progress: Progress | None) -> AlignmentManifest:
         started = time.perf_counter()
         experiment, model = self._experiment, self._models[name]
-        adapter = experiment.adapter
-        if self._bundle is None:
-            anchor = self._models[self.anchor]
+        adapter = replace(experiment.adapter, target_modules=model.modules)
+        anchor = self._models[self.anchors[name]]
+        if self._bundle is None or self._bundle.info.name != anchor.name:
+            self._bundle = None  # its memory is given back before the next one is loaded
             self._bundle = load_model(anchor.name, anchor.spec, self._device)
-        if name == self.anchor:
-            observer = ActivationObserver(self._bundle, adapter.target_modules, adapter.num_blocks)
+        if name == anchor.name:
+            observer = ActivationObserver(self._bundle, model.modules, adapter.num_blocks)
             drawn = initial_factors(observer.targets, adapter.rank, self._options.seed)
             factors = {key: value.float() for key, value in drawn.items()}
             quality = None
@@ -261,10 +280,10 @@ class ModelAligner:
                 "key": self.key(name),
                 "method": METHOD,
                 "model": model.identity,
-                "anchor": self._models[self.anchor].identity,
+                "anchor": anchor.identity,
                 "rank": adapter.rank,
                 "num_blocks": adapter.num_blocks,
-                "target_modules": tuple(sorted(adapter.target_modules)),
+                "target_modules": model.modules,
                 "data": {
                     "source": list(self._data.source),
                     "num_samples": len(self._data.samples),
@@ -279,7 +298,28 @@ class ModelAligner:
         )
 
 
-def _identified(name: str, spec: ModelSpec) -> _Model:
+def _anchors(models: Mapping[str, _Model], anchor: str) -> dict[str, str]:
+    """Model -> anchor: the first with the same linears, and the given one for those of its names.
+
+    Raises:
+        ConfigError: every model would be its own anchor.
+    """
+    firsts = {models[anchor].modules: anchor}
+    found = {name: firsts.setdefault(model.modules, name) for name, model in models.items()}
+    if len(firsts) == len(models):
+        names = [set(model.modules) for model in models.values()]
+        common = ", ".join(sorted(set.intersection(*names)))
+        raise ConfigError(
+            "no two models have linears of the same names, so nothing can be aligned:\n"
+            + "\n".join(f"{name}: {', '.join(model.modules)}" for name, model in models.items()),
+            hint=f"all have these: --set 'adapter.target_modules=[{common}]'"
+            if common
+            else "such models share no P and Q; run them without adapter.alignment",
+        )
+    return found
+
+
+def _identified(name: str, spec: ModelSpec, target_modules: tuple[str, ...]) -> _Model:
     info = outline_model(name, spec)
     identity = ModelIdentity(
         name=name,
@@ -291,7 +331,8 @@ def _identified(name: str, spec: ModelSpec) -> _Model:
         weights=model_fingerprint(name, spec),
         dtype=spec.dtype if spec.quantization == "none" else f"{spec.dtype}, {spec.quantization}",
     )
-    return _Model(name=name, spec=spec, info=info, identity=identity)
+    modules = tuple(resolved_names(target_modules, info.linears))
+    return _Model(name=name, spec=spec, info=info, identity=identity, modules=modules)
 
 
 def _quality(found: PairAlignment) -> PairQuality:

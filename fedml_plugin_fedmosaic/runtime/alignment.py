@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from fedml_plugin_fedmosaic.adapters.structure import resolved_names
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, Experiment, ModelSpec
 from fedml_plugin_fedmosaic.core.errors import AdapterError
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
@@ -78,7 +79,7 @@ def fitting_manifest(
         "signature": info.signature,
         "rank": adapter.rank,
         "num_blocks": adapter.num_blocks,
-        "target_modules": ", ".join(sorted(adapter.target_modules)),
+        "target_modules": ", ".join(resolved_names(adapter.target_modules, info.linears)),
         "weights": model_fingerprint(name, spec),
     }
     got = {
@@ -112,7 +113,8 @@ def check_alignments(
         strategies: of the run.
 
     Raises:
-        AdapterError: a file is missing or does not fit, or two models have another anchor.
+        AdapterError: a file is missing or does not fit, or two models whose P and Q are mixed
+            have another anchor.
     """
     source = experiment.adapter.alignment
     chosen = experiment.adapter.type
@@ -126,9 +128,11 @@ def check_alignments(
         )
         for name, info in outlines.items()
     }
-    first = next(iter(manifests), None)
+    # Models whose linears have other names never meet: their P and Q are not mixed.
+    firsts: dict[tuple[str, ...], str] = {}
     for name, manifest in manifests.items():
-        if first is not None and manifest.coordinates != manifests[first].coordinates:
+        first = firsts.setdefault(manifest.target_modules, name)
+        if manifest.coordinates != manifests[first].coordinates:
             raise AdapterError(
                 f"models {first!r} and {name!r} are aligned with different anchors: "
                 f"{manifests[first].anchor.name!r} and {manifest.anchor.name!r}, seeds "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,9 @@ def test_parameters_of_published_models(name: str) -> None:
     assert sketch_shape(shape, SketchConfig()) == row[8:10]
     assert round(2 * reference_state(shape, PAPER) / 1e6) == row[10]
     assert round(2 * reference_state(shape, TEXT) / 1e6) == row[11]
+    every = replace(PAPER, target_modules=("all-linear",))  # a Llama layer has just the seven
+    assert reference_trainable(shape, every) == row[5]
+    assert reference_state(shape, every) == reference_state(shape, PAPER)
 
 
 @pytest.mark.parametrize("name", MEGABYTES)

@@ -54,6 +54,7 @@ def manifest(name: str, *, anchor: bool = False, **changes: Any) -> dict[str, An
         "anchor": {"name": "small"},
         "rank": 2,
         "num_blocks": 2,
+        "target_modules": sorted(MODULES),
         "data": {"num_samples": 900},
         "duration_s": 12.0,
         "quality": None if anchor else quality,
