@@ -37,7 +37,7 @@ from fedml_plugin_fedmosaic.core.types import (
 )
 from fedml_plugin_fedmosaic.core.work import LocalResult, ModelRef, Result, Served, Work
 from fedml_plugin_fedmosaic.equations.relevance import Similarity
-from fedml_plugin_fedmosaic.strategies.common import draw_cohort
+from fedml_plugin_fedmosaic.strategies.common import draw_cohort, layouts_by_client
 
 ServerState = Mapping[str, Any]
 """Plain data: JSON values and tensors in nested dictionaries with string keys."""
@@ -226,7 +226,11 @@ class Strategy(Protocol):
 
 
 class ClientBase:
-    """Usual answers of a client half: one turn of work, views are views."""
+    """Usual answers of a client half: a fresh adapter, one turn of work, views are views."""
+
+    def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
+        """The freshly injected adapter."""
+        return ClientState(client_id=context.manifest.client_id, adapter=dict(adapter))
 
     def advance(
         self,
@@ -245,13 +249,21 @@ class ClientBase:
 class StrategyBase:
     """Usual answers of a server half: one stage, plain cost, no sketch, a cohort by seed.
 
-    ``select`` expects a state with ``seed`` and ``layouts`` (see ``common.layouts_by_client``).
+    ``select`` expects a state with ``seed`` and ``layouts``, as ``init`` makes it. ``__init__`` of
+    a strategy puts its client half into ``_client``.
     """
+
+    _client: ClientHalf
 
     needs_sketch: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     eval_view: ClassVar[str] = "local"
     final_views: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def client(self) -> ClientHalf:
+        """The client half."""
+        return self._client
 
     @property
     def needs_held_out(self) -> bool:
@@ -277,6 +289,14 @@ class StrategyBase:
     def similarity(self) -> Similarity | None:
         """None."""
         return None
+
+    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
+        """Remembers the seed and the clients' layouts (see ``common.layouts_by_client``).
+
+        Raises:
+            PlanError: no client, or an id twice.
+        """
+        return {"seed": seed, "layouts": layouts_by_client(manifests)}
 
     def select(self, state: ServerState, round_idx: int, clients_per_round: int) -> tuple[int, ...]:
         """A cohort drawn without replacement from seed and round."""

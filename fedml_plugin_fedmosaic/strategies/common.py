@@ -1,4 +1,4 @@
-"""What the strategies share: names of shared tensors, strict receiving, cohorts, report matrices.
+"""What the strategies share: names of shared tensors, strict receiving, rows, report matrices.
 
 Nothing here changes its arguments; tensors in a returned state are copies.
 """
@@ -14,14 +14,18 @@ from torch import Tensor
 from fedml_plugin_fedmosaic.core.errors import AdapterError, PlanError
 from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
     AdapterKey,
     AdapterState,
     Branch,
+    ClientContext,
     ClientManifest,
     MixRow,
     SharedTensors,
+    View,
     channel_of,
 )
+from fedml_plugin_fedmosaic.core.work import Pass
 
 _LISTED = 5
 _LARGEST_MATRIX = 4096
@@ -139,6 +143,16 @@ def only(downlink: SharedTensors, channel: str) -> dict[str, Tensor]:
     return {name: value for name, value in downlink.items() if channel_of(name) == channel}
 
 
+def local_pass(context: ClientContext) -> Pass:
+    """Plain training of the local branch, with all steps of the round."""
+    return Pass(
+        name="local",
+        view=View.LOCAL,
+        train=frozenset({Branch.LOCAL}),
+        num_steps=context.num_steps,
+    )
+
+
 def layouts_by_client(manifests: Sequence[ClientManifest]) -> dict[str, dict[str, str]]:
     """Client id (as text) -> channel -> layout digest, ascending by id.
 
@@ -152,6 +166,18 @@ def layouts_by_client(manifests: Sequence[ClientManifest]) -> dict[str, dict[str
         raise PlanError(f"client ids appear twice: {sorted(i for i in ids if ids.count(i) > 1)}")
     ordered = sorted(manifests, key=lambda manifest: manifest.client_id)
     return {str(manifest.client_id): dict(manifest.layouts) for manifest in ordered}
+
+
+def members_by_layout(
+    layouts: Mapping[str, Mapping[str, str]], clients: Iterable[int]
+) -> dict[str, list[int]]:
+    """Layout digest of the channel ``conv`` -> clients of it, ascending."""
+    found: dict[str, list[int]] = {}
+    for client in sorted(clients):
+        digest = layouts[str(client)].get(CHANNEL_CONV)
+        if digest is not None:
+            found.setdefault(digest, []).append(client)
+    return found
 
 
 def draw_cohort(
@@ -174,6 +200,78 @@ def draw_cohort(
     return tuple(sorted(drawn))
 
 
+def shares(counts: Collection[int]) -> tuple[float, ...]:
+    """Weights in proportion to positive counts; they sum to 1."""
+    total = sum(counts)
+    return tuple(count / total for count in counts)
+
+
+def mean_row(target: int, sources: Sequence[int]) -> MixRow:
+    """The plain mean of some sources, which are in ascending order."""
+    return MixRow(target=target, sources=tuple(sources), weights=shares([1] * len(sources)))
+
+
+def equal_rows(
+    receivers: Iterable[int], sources: Sequence[int], weights: Sequence[float]
+) -> list[MixRow]:
+    """One row per receiver, all of them the same sum."""
+    return [
+        MixRow(target=client, sources=tuple(sources), weights=tuple(weights))
+        for client in receivers
+    ]
+
+
+def by_target(rows: Mapping[str, Sequence[MixRow]]) -> dict[str, tuple[MixRow, ...]]:
+    """Slot -> its rows in ascending order of the receivers; slots without rows are left out."""
+    return {
+        slot: tuple(sorted(made, key=lambda row: row.target)) for slot, made in rows.items() if made
+    }
+
+
+class ClientMatrix:
+    """A matrix for the report that is filled part by part, receivers as rows in ascending id.
+
+    Args:
+        client_ids: all clients of the federation.
+
+    Attributes:
+        values: (clients, clients) float32, NaN where nothing was put. None for more than 4,096
+            clients.
+    """
+
+    def __init__(self, client_ids: Iterable[int]) -> None:
+        self._position = {client: index for index, client in enumerate(sorted(client_ids))}
+        size = len(self._position)
+        self.values: Tensor | None = None
+        if size <= _LARGEST_MATRIX:
+            self.values = torch.full((size, size), float("nan"), dtype=torch.float32)
+
+    def put(
+        self,
+        receivers: Iterable[int],
+        sources: Iterable[int],
+        values: Tensor,
+        others: float | None = None,
+    ) -> None:
+        """Sets the entries of some receivers and sources.
+
+        Args:
+            receivers: client ids.
+            sources: client ids.
+            values: (receivers, sources), floating point.
+            others: what the receivers' entries of all other sources become; they stay if None.
+        """
+        if self.values is None:
+            return
+        rows, columns = self._places(receivers), self._places(sources)
+        if others is not None:
+            self.values[rows] = others
+        self.values[rows[:, None], columns] = values.to(torch.float32)
+
+    def _places(self, client_ids: Iterable[int]) -> Tensor:
+        return torch.tensor([self._position[client] for client in client_ids], dtype=torch.int64)
+
+
 def weight_matrix(client_ids: Iterable[int], rows: Iterable[MixRow]) -> Tensor | None:
     """A channel's rows as a matrix for the report.
 
@@ -181,15 +279,10 @@ def weight_matrix(client_ids: Iterable[int], rows: Iterable[MixRow]) -> Tensor |
         (clients, clients) float32, receivers as rows in ascending id; NaN where a client
         receives nothing. None for more than 4,096 clients.
     """
-    position = {client: index for index, client in enumerate(sorted(client_ids))}
-    if len(position) > _LARGEST_MATRIX:
-        return None
-    matrix = torch.full((len(position), len(position)), float("nan"), dtype=torch.float32)
+    matrix = ClientMatrix(client_ids)
     for row in rows:
-        values = matrix[position[row.target]]
-        values.zero_()
-        values[[position[source] for source in row.sources]] = torch.tensor(row.weights)
-    return matrix
+        matrix.put([row.target], row.sources, torch.tensor([row.weights]), others=0.0)
+    return matrix.values
 
 
 def check_participants(layouts: Mapping[str, Mapping[str, str]], client_ids: Sequence[int]) -> None:

@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
@@ -44,12 +45,14 @@ from fedml_plugin_fedmosaic.core.types import (
     SharedTensors,
     UpdateHeader,
 )
-from fedml_plugin_fedmosaic.core.work import LocalResult, Work
+from fedml_plugin_fedmosaic.core.work import LocalResult
 from fedml_plugin_fedmosaic.equations.peers import above_threshold, scaled_softmax
 from fedml_plugin_fedmosaic.strategies.base import ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
+    ClientMatrix,
+    by_target,
     check_participants,
-    layouts_by_client,
+    members_by_layout,
     receive,
     shared_tensors,
     weight_matrix,
@@ -57,13 +60,13 @@ from fedml_plugin_fedmosaic.strategies.common import (
 from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgClient
 from fedml_plugin_fedmosaic.strategies.vectors import (
     layer_tensors,
-    members_by_layout,
     projection_note,
+    unit_rows,
     vector_of,
+    with_notes,
 )
 
 NOTE = "factor"
-_NORM_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -99,17 +102,15 @@ class FactorizedClient(FedAvgClient):
     def __init__(self, options: FactorizedOptions) -> None:
         self._options = options
 
-    def prepare(
-        self, downlink: SharedTensors, state: ClientState, context: ClientContext
-    ) -> tuple[ClientState, tuple[Work, ...]]:
-        """Replaces the shared factor; the other one stays.
+    def received(self, downlink: SharedTensors, state: ClientState) -> AdapterState:
+        """The adapter with the shared factor replaced; the other one stays.
 
         Raises:
             PlanError: the downlink does not fit the client's adapter.
         """
-        shared = {key: state.adapter[key] for key in state.adapter if self._is_shared(key.part)}
-        received = receive(shared, downlink, Branch.LOCAL, state.client_id)
-        return super().prepare({}, replace(state, adapter={**state.adapter, **received}), context)
+        parts = self._options.parts
+        shared = {key: tensor for key, tensor in state.adapter.items() if key.part in parts}
+        return {**state.adapter, **receive(shared, downlink, Branch.LOCAL, state.client_id)}
 
     def finish(
         self,
@@ -119,17 +120,12 @@ class FactorizedClient(FedAvgClient):
         header: UpdateHeader,
     ) -> tuple[ClientUpdate, ClientState]:
         """Uploads the shared factor, and in the header a projection of the compared one."""
-        after = replace(state, adapter=dict(result.adapter))
-        last = layer_tensors(
-            _factor(result.adapter, frozenset({Part(self._options.compare)}))
-        ).popitem()[1]
+        update, after = super().finish(result, state, context, header)
+        compared = _factor(result.adapter, frozenset({Part(self._options.compare)}))
+        last = layer_tensors(compared).popitem()[1]
         note = projection_note(last, self._options.projection, context.seed)
-        tensors = _factor(result.adapter, self._options.parts)
-        header = replace(header, notes={**header.notes, NOTE: note})
-        return ClientUpdate(header=header, tensors=tensors), after
-
-    def _is_shared(self, part: Part) -> bool:
-        return part in self._options.parts
+        update = replace(update, tensors=_factor(result.adapter, self._options.parts))
+        return with_notes(update, **{NOTE: note}), after
 
 
 class Factorized(StrategyBase):
@@ -143,18 +139,13 @@ class Factorized(StrategyBase):
         self.options = options
         self._client = FactorizedClient(options)
 
-    @property
-    def client(self) -> FactorizedClient:
-        """The client half."""
-        return self._client
-
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
         """Remembers the clients and the seed; nobody has a factor yet.
 
         Raises:
             PlanError: no client, or an id twice.
         """
-        return {"seed": seed, "layouts": layouts_by_client(manifests), "factors": {}}
+        return {**super().init(manifests, seed), "factors": {}}
 
     def plan(
         self,
@@ -172,30 +163,25 @@ class Factorized(StrategyBase):
         fresh = {str(header.client_id): vector_of(header, NOTE, width) for header in headers}
         after: dict[str, Any] = {**state, "factors": {**state["factors"], **fresh}}
         everyone = [int(client) for client in state["layouts"]]
-        position = {client: index for index, client in enumerate(sorted(everyone))}
-        similarity = torch.full((len(everyone), len(everyone)), float("nan"))
+        similarity = ClientMatrix(everyone)
         rows: list[MixRow] = []
         known = [int(client) for client in after["factors"]]
         for members in members_by_layout(state["layouts"], known).values():
             cosines = self._cosines(after["factors"], members)
-            places = [position[client] for client in members]
-            for place, values in zip(places, cosines, strict=True):
-                similarity[place, places] = torch.tensor(values)
-            rows += [self._row(place, members, values) for place, values in enumerate(cosines)]
-        rows.sort(key=lambda row: row.target)
+            similarity.put(members, members, cosines)
+            for place, values in enumerate(cosines.tolist()):
+                rows.append(self._row(place, members, values))
         plan = MixingPlan(
-            rows={CHANNEL_CONV: tuple(rows)} if rows else {},
-            relevance=similarity,
+            rows=by_target({CHANNEL_CONV: rows}),
+            relevance=similarity.values,
             weights=weight_matrix(everyone, rows),
         )
         return after, plan
 
-    def _cosines(self, factors: Mapping[str, Any], members: Sequence[int]) -> list[list[float]]:
-        vectors = torch.stack([factors[str(client)] for client in members]).double()
-        unit = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(_NORM_FLOOR)
+    def _cosines(self, factors: Mapping[str, Tensor], members: Sequence[int]) -> Tensor:
+        unit = unit_rows(torch.stack([factors[str(client)] for client in members]))
         # A client is always its own peer, also while its factor is still 0.
-        cosines: list[list[float]] = (unit @ unit.T).fill_diagonal_(1.0).tolist()
-        return cosines
+        return (unit @ unit.T).fill_diagonal_(1.0)
 
     def _row(self, place: int, members: Sequence[int], cosines: Sequence[float]) -> MixRow:
         options = self.options

@@ -39,15 +39,18 @@ from fedml_plugin_fedmosaic.core.types import (
     Relevance,
     SharedTensors,
     UpdateHeader,
-    View,
 )
-from fedml_plugin_fedmosaic.core.work import LocalResult, Pass, Work
+from fedml_plugin_fedmosaic.core.work import LocalResult, Work
 from fedml_plugin_fedmosaic.strategies.base import ClientBase, ClientHalf, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
+    by_target,
     check_participants,
-    layouts_by_client,
+    equal_rows,
+    local_pass,
+    members_by_layout,
     receive,
     shared_tensors,
+    shares,
     weight_matrix,
 )
 
@@ -63,23 +66,24 @@ class FedAvgOptions:
 class FedAvgClient(ClientBase):
     """Starts from the average, trains, uploads everything."""
 
-    def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
-        """The freshly injected adapter."""
-        return ClientState(client_id=context.manifest.client_id, adapter=dict(adapter))
-
     def prepare(
         self, downlink: SharedTensors, state: ClientState, context: ClientContext
     ) -> tuple[ClientState, tuple[Work, ...]]:
-        """Replaces the local branch by the downlink, if there is one.
+        """Trains what :meth:`received` makes of the downlink.
 
         Raises:
             PlanError: the downlink does not fit the client's adapter.
         """
-        adapter = receive(state.adapter, downlink, Branch.LOCAL, state.client_id)
-        train = frozenset({Branch.LOCAL})
-        return replace(state, adapter=adapter), (
-            Pass(name="local", view=View.LOCAL, train=train, num_steps=context.num_steps),
-        )
+        adapter = self.received(downlink, state)
+        return replace(state, adapter=adapter), (local_pass(context),)
+
+    def received(self, downlink: SharedTensors, state: ClientState) -> AdapterState:
+        """The adapter with the local branch replaced by the downlink, if there is one.
+
+        Raises:
+            PlanError: the downlink does not fit the client's adapter.
+        """
+        return receive(state.adapter, downlink, Branch.LOCAL, state.client_id)
 
     def finish(
         self,
@@ -105,18 +109,13 @@ class FedAvg(StrategyBase):
         self.options = options
         self._client: ClientHalf = FedAvgClient()
 
-    @property
-    def client(self) -> ClientHalf:
-        """The client half."""
-        return self._client
-
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
         """Remembers the clients and the seed; no layout has an average yet.
 
         Raises:
             PlanError: no client, or an id twice.
         """
-        return {"seed": seed, "layouts": layouts_by_client(manifests), "averages": {}}
+        return {**super().init(manifests, seed), "averages": {}}
 
     def plan(
         self,
@@ -132,17 +131,12 @@ class FedAvg(StrategyBase):
         layouts: Mapping[str, Mapping[str, str]] = state["layouts"]
         check_participants(layouts, [header.client_id for header in headers])
         averages = {**state["averages"], **self._averages(layouts, headers)}
-        rows = tuple(
-            MixRow(
-                target=int(client),
-                sources=tuple(averages[channels[CHANNEL_CONV]]["sources"]),
-                weights=tuple(averages[channels[CHANNEL_CONV]]["weights"]),
-            )
-            for client, channels in layouts.items()
-            if channels.get(CHANNEL_CONV) in averages
-        )
+        rows: list[MixRow] = []
+        for digest, members in members_by_layout(layouts, map(int, layouts)).items():
+            if digest in averages:
+                rows += equal_rows(members, **averages[digest])
         plan = MixingPlan(
-            rows={CHANNEL_CONV: rows} if rows else {},
+            rows=by_target({CHANNEL_CONV: rows}),
             weights=weight_matrix(map(int, layouts), rows),
         )
         return {**state, "averages": averages}, plan
@@ -155,18 +149,13 @@ class FedAvg(StrategyBase):
         Kept in the state because uploads outlive a round: a layout nobody trained is served the
         same average again, so a client that skips rounds does not miss it.
         """
-        examples: dict[str, dict[int, int]] = {}
-        for header in sorted(headers, key=lambda header: header.client_id):
-            digest = layouts[str(header.client_id)].get(CHANNEL_CONV)
-            if digest is None:
-                continue
-            count = 1 if self.options.weighting == "uniform" else header.num_examples
-            if count > 0:
-                examples.setdefault(digest, {})[header.client_id] = count
+        uniform = self.options.weighting == "uniform"
+        counts = {h.client_id: 1 if uniform else h.num_examples for h in headers}
+        sources = [client for client, count in counts.items() if count > 0]
         return {
             digest: {
-                "sources": list(counts),
-                "weights": [count / sum(counts.values()) for count in counts.values()],
+                "sources": members,
+                "weights": list(shares([counts[client] for client in members])),
             }
-            for digest, counts in examples.items()
+            for digest, members in members_by_layout(layouts, sources).items()
         }

@@ -266,11 +266,6 @@ class FedMKT(StrategyBase):
         self._client = FedMKTClient(options)
 
     @property
-    def client(self) -> FedMKTClient:
-        """The client half."""
-        return self._client
-
-    @property
     def cost(self) -> Cost:
         """A client's own logits, 3 for what it learns, and its part of the server's work."""
         return Cost(public=6.0)

@@ -66,9 +66,9 @@ from fedml_plugin_fedmosaic.equations.neighbours import neighbour_weights
 from fedml_plugin_fedmosaic.equations.relevance import Similarity, peer_weights
 from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
+    by_target,
     check_participants,
     copy_local_to_global,
-    layouts_by_client,
     receive,
     shared_tensors,
     weight_matrix,
@@ -188,11 +188,6 @@ class FedMosaic(StrategyBase):
         return Cost(sketch=0.2)
 
     @property
-    def client(self) -> FedMosaicClient:
-        """The client half."""
-        return self._client
-
-    @property
     def similarity(self) -> Similarity | None:
         """The option of the same name, unless the sketches are ignored."""
         return self.options.similarity if self.options.relevance == "sketch" else None
@@ -204,8 +199,7 @@ class FedMosaic(StrategyBase):
             PlanError: no client, or an id twice.
         """
         return {
-            "seed": seed,
-            "layouts": layouts_by_client(manifests),
+            **super().init(manifests, seed),
             "last_round": {},
             "sketch_shape": None,
             "known": [],
@@ -301,11 +295,7 @@ class FedMosaic(StrategyBase):
             new = sorted(set(members) - set(query.receivers))
             made += [sparse_row(target, first, shares) for target in new]
             rows.setdefault(channel, []).extend(row for row in made if row.sources)
-        return {
-            channel: tuple(sorted(made, key=lambda row: row.target))
-            for channel, made in rows.items()
-            if made
-        }
+        return by_target(rows)
 
     def _take_in(
         self, state: ServerState, headers: Sequence[UpdateHeader], relevance: Relevance | None

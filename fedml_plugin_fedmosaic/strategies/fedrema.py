@@ -41,7 +41,7 @@ from torch import Tensor
 from fedml_plugin_fedmosaic.core.cost import Cost
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
-    CHANNEL_CONV,
+    AdapterState,
     ClientContext,
     ClientManifest,
     ClientState,
@@ -65,23 +65,29 @@ from fedml_plugin_fedmosaic.core.work import (
 from fedml_plugin_fedmosaic.equations.peers import largest_gap
 from fedml_plugin_fedmosaic.strategies.base import ServerState, StrategyBase
 from fedml_plugin_fedmosaic.strategies.common import (
+    ClientMatrix,
+    by_target,
     check_participants,
-    layouts_by_client,
+    mean_row,
+    members_by_layout,
+    shares,
     weight_matrix,
 )
 from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgClient
 from fedml_plugin_fedmosaic.strategies.vectors import (
+    in_channels,
     layer_tensors,
-    members_by_layout,
     projection_note,
     receive_layers,
+    unit_rows,
+    with_notes,
 )
 
 NOTE = "answers"
 BODY, HEAD = "body", "head"
 _PROBE, _MODEL = "answers", "model"
 _PUBLIC_SAMPLES = 80
-_NORM_FLOOR = 1e-12
+_LASTING = ("bodies", "counts", "gaps", "over")
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -108,16 +114,13 @@ class FedReMaClient(FedAvgClient):
     def __init__(self, options: FedReMaOptions) -> None:
         self._options = options
 
-    def prepare(
-        self, downlink: SharedTensors, state: ClientState, context: ClientContext
-    ) -> tuple[ClientState, tuple[Work, ...]]:
-        """Replaces body and head, as far as they were received.
+    def received(self, downlink: SharedTensors, state: ClientState) -> AdapterState:
+        """The adapter with body and head replaced, as far as they were received.
 
         Raises:
             PlanError: the downlink does not fit the client's adapter.
         """
-        adapter = receive_layers(state.adapter, downlink, state.client_id)
-        return super().prepare({}, replace(state, adapter=adapter), context)
+        return receive_layers(state.adapter, downlink, state.client_id)
 
     def advance(
         self, results: Mapping[str, Result], state: ClientState, context: ClientContext
@@ -146,13 +149,9 @@ class FedReMaClient(FedAvgClient):
         update, after = super().finish(result, state, context, header)
         layers = layer_tensors(update.tensors)
         first = len(layers) - math.ceil(self._options.head_share * len(layers))
-        tensors = {
-            (HEAD if place >= first else BODY) + name.removeprefix(CHANNEL_CONV): tensor
-            for place, part in enumerate(layers.values())
-            for name, tensor in part.items()
-        }
-        header = replace(header, notes={**header.notes, NOTE: state.extra[NOTE]})
-        return replace(update, header=header, tensors=tensors), after
+        tensors = in_channels(layers, lambda place: HEAD if place >= first else BODY)
+        update = with_notes(replace(update, tensors=tensors), **{NOTE: state.extra[NOTE]})
+        return update, after
 
     def _answers(self, seen: ProbeResult, context: ClientContext) -> dict[str, list[float]]:
         """Public sample -> projected distribution of the first token of its answer."""
@@ -179,11 +178,6 @@ class FedReMa(StrategyBase):
         self._client = FedReMaClient(options)
 
     @property
-    def client(self) -> FedReMaClient:
-        """The client half."""
-        return self._client
-
-    @property
     def cost(self) -> Cost:
         """Plain training, and the answers to some public samples."""
         return Cost(public=self.options.probe_samples / _PUBLIC_SAMPLES)
@@ -194,15 +188,8 @@ class FedReMa(StrategyBase):
         Raises:
             PlanError: no client, or an id twice.
         """
-        return {
-            "seed": seed,
-            "layouts": layouts_by_client(manifests),
-            "answers": {},
-            "bodies": {},
-            "counts": {},
-            "gaps": {},
-            "over": {},
-        }
+        empty: dict[str, Any] = {"answers": {}, **{name: {} for name in _LASTING}}
+        return {**super().init(manifests, seed), **empty}
 
     def plan(
         self,
@@ -217,14 +204,12 @@ class FedReMa(StrategyBase):
         """
         check_participants(state["layouts"], [header.client_id for header in headers])
         fresh = {str(header.client_id): self._taken(header) for header in headers}
-        names = ("bodies", "counts", "gaps", "over")
-        after: dict[str, Any] = {**state, **{name: dict(state[name]) for name in names}}
+        after: dict[str, Any] = {**state, **{name: dict(state[name]) for name in _LASTING}}
         after["answers"] = {**state["answers"], **fresh}
         everyone = [int(client) for client in state["layouts"]]
         bodies: list[MixRow] = []
         heads: list[MixRow] = []
-        similarity = torch.full((len(everyone), len(everyone)), float("nan"))
-        place_of = {client: place for place, client in enumerate(sorted(everyone))}
+        similarity = ClientMatrix(everyone)
         for digest, receivers in members_by_layout(state["layouts"], everyone).items():
             trained = [client for client in receivers if str(client) in fresh]
             if trained:
@@ -233,20 +218,14 @@ class FedReMa(StrategyBase):
             if not sources:
                 continue
             if self.options.head_share < 1:
-                bodies += [_mean_row(client, sources) for client in receivers]
+                bodies += [mean_row(client, sources) for client in receivers]
             members = [client for client in receivers if str(client) in after["answers"]]
             likeness = _likeness([after["answers"][str(client)] for client in members])
-            places = torch.tensor([place_of[client] for client in members])
-            similarity[places[:, None], places] = likeness.float()
+            similarity.put(members, members, likeness)
             heads += self._heads(after, digest, members, trained, likeness)
-        rows = {BODY: bodies, HEAD: heads}
         plan = MixingPlan(
-            rows={
-                slot: tuple(sorted(made, key=lambda row: row.target))
-                for slot, made in rows.items()
-                if made
-            },
-            relevance=similarity,
+            rows=by_target({BODY: bodies, HEAD: heads}),
+            relevance=similarity.values,
             weights=weight_matrix(everyone, heads),
         )
         return after, plan
@@ -291,7 +270,7 @@ class FedReMa(StrategyBase):
         if after["over"].get(digest, False):
             counts = {client: after["counts"].get(str(client)) for client in members}
             return [
-                _mean_row(client, sorted({client, *chosen[client]}))
+                mean_row(client, sorted({client, *chosen[client]}))
                 if counts[client] is None
                 else _counted_row(client, counts[client], members)
                 for client in members
@@ -301,7 +280,7 @@ class FedReMa(StrategyBase):
             for peer in (client, *chosen[client]):
                 own[str(peer)] = own.get(str(peer), 0) + 1
             after["counts"][str(client)] = own
-        return [_mean_row(client, sorted({client, *chosen[client]})) for client in members]
+        return [mean_row(client, sorted({client, *chosen[client]})) for client in members]
 
 
 def _likeness(answers: Sequence[Tensor]) -> Tensor:
@@ -316,21 +295,12 @@ def _likeness(answers: Sequence[Tensor]) -> Tensor:
             f"clients of one layout answered different public samples: {sorted(sizes)}",
             hint="all clients need the same public data",
         )
-    stacked = torch.stack(list(answers)).double()
-    unit = stacked / stacked.norm(dim=2, keepdim=True).clamp_min(_NORM_FLOOR)
-    likeness: Tensor = torch.einsum("isd,jsd->ij", unit, unit) / stacked.shape[1]
+    unit = unit_rows(torch.stack(list(answers)))
+    likeness: Tensor = torch.einsum("isd,jsd->ij", unit, unit) / unit.shape[1]
     return likeness
-
-
-def _mean_row(client: int, sources: Sequence[int]) -> MixRow:
-    return MixRow(target=client, sources=tuple(sources), weights=(1 / len(sources),) * len(sources))
 
 
 def _counted_row(client: int, counts: Mapping[str, int], members: Sequence[int]) -> MixRow:
     sources = [member for member in members if counts.get(str(member), 0) > 0]
-    total = sum(counts[str(member)] for member in sources)
-    return MixRow(
-        target=client,
-        sources=tuple(sources),
-        weights=tuple(counts[str(member)] / total for member in sources),
-    )
+    weights = shares([counts[str(member)] for member in sources])
+    return MixRow(target=client, sources=tuple(sources), weights=weights)

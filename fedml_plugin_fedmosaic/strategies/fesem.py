@@ -24,7 +24,6 @@ client that has never trained has no cluster yet and starts from its own adapter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -34,31 +33,25 @@ from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
-    ClientContext,
-    ClientManifest,
-    ClientState,
-    ClientUpdate,
     MixingPlan,
     MixRow,
     Relevance,
     UpdateHeader,
 )
-from fedml_plugin_fedmosaic.core.work import LocalResult
 from fedml_plugin_fedmosaic.equations.clusters import alternate, farthest_first
-from fedml_plugin_fedmosaic.strategies.base import ServerState, StrategyBase
+from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.clustered import (
+    Clustered,
+    ProjectingClient,
+    sample_counts,
+)
 from fedml_plugin_fedmosaic.strategies.common import (
-    check_participants,
-    layouts_by_client,
+    by_target,
+    equal_rows,
+    members_by_layout,
+    shares,
     weight_matrix,
 )
-from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgClient
-from fedml_plugin_fedmosaic.strategies.vectors import (
-    members_by_layout,
-    projection_note,
-    vector_of,
-)
-
-NOTE = "projection"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -75,31 +68,7 @@ class FeSEMOptions:
     """Numbers of the random projection that a client sends for the comparison."""
 
 
-class FeSEMClient(FedAvgClient):
-    """As FedAvg's, with a projection of the weights in the header.
-
-    Args:
-        options: the strategy's options.
-    """
-
-    def __init__(self, options: FeSEMOptions) -> None:
-        self._options = options
-
-    def finish(
-        self,
-        result: LocalResult,
-        state: ClientState,
-        context: ClientContext,
-        header: UpdateHeader,
-    ) -> tuple[ClientUpdate, ClientState]:
-        """Uploads the trained tensors and says where they are."""
-        update, after = super().finish(result, state, context, header)
-        note = projection_note(update.tensors, self._options.projection, context.seed)
-        header = replace(header, notes={**header.notes, NOTE: note})
-        return replace(update, header=header), after
-
-
-class FeSEM(StrategyBase):
+class FeSEM(Clustered):
     """J averages per layout."""
 
     name: ClassVar[str] = "fesem"
@@ -108,27 +77,7 @@ class FeSEM(StrategyBase):
 
     def __init__(self, options: FeSEMOptions) -> None:
         self.options = options
-        self._client = FeSEMClient(options)
-
-    @property
-    def client(self) -> FeSEMClient:
-        """The client half."""
-        return self._client
-
-    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
-        """Remembers the clients and the seed; there are no clusters yet.
-
-        Raises:
-            PlanError: no client, or an id twice.
-        """
-        return {
-            "seed": seed,
-            "layouts": layouts_by_client(manifests),
-            "vectors": {},
-            "examples": {},
-            "centres": {},
-            "clusters": {},
-        }
+        self._client = ProjectingClient(options.projection)
 
     def plan(
         self,
@@ -141,64 +90,32 @@ class FeSEM(StrategyBase):
         Raises:
             PlanError: a header of an unknown client, two of one client, or without a projection.
         """
-        check_participants(state["layouts"], [header.client_id for header in headers])
-        width = self.options.projection
-        after: dict[str, Any] = {
-            **state,
-            "vectors": {
-                **state["vectors"],
-                **{str(h.client_id): vector_of(h, NOTE, width) for h in headers},
-            },
-            "examples": {
-                **state["examples"],
-                **{str(h.client_id): max(h.num_examples, 1) for h in headers},
-            },
-            "centres": dict(state["centres"]),
-            "clusters": dict(state["clusters"]),
-        }
+        after = self.taken_in(state, headers, self.options.projection)
         rows: list[MixRow] = []
         known = [int(client) for client in after["vectors"]]
         for digest, members in members_by_layout(state["layouts"], known).items():
-            weights = self._weights(after, members)
-            belongs, centres = self._cluster(after, digest, members, weights)
+            counts = sample_counts(after, members, self.options.weighting)
+            belongs, centres = self._cluster(after, digest, counts)
             after["centres"][digest] = centres
-            after["clusters"].update({str(c): j for c, j in zip(members, belongs, strict=True)})
-            rows += _cluster_rows(members, belongs, weights)
-        rows.sort(key=lambda row: row.target)
+            after["clusters"].update({str(c): cluster for c, cluster in belongs.items()})
+            for cluster in sorted(set(belongs.values())):
+                inside = [client for client in members if belongs[client] == cluster]
+                rows += equal_rows(inside, inside, shares([counts[client] for client in inside]))
         plan = MixingPlan(
-            rows={CHANNEL_CONV: tuple(rows)} if rows else {},
+            rows=by_target({CHANNEL_CONV: rows}),
             weights=weight_matrix(map(int, state["layouts"]), rows),
         )
         return after, plan
 
-    def _weights(self, state: Mapping[str, Any], members: Sequence[int]) -> list[int]:
-        if self.options.weighting == "uniform":
-            return [1] * len(members)
-        return [state["examples"][str(client)] for client in members]
-
     def _cluster(
-        self, state: Mapping[str, Any], digest: str, members: Sequence[int], weights: Sequence[int]
-    ) -> tuple[list[int], Tensor]:
-        """Which centre each member belongs to, and the centres."""
-        points = torch.stack([state["vectors"][str(client)] for client in members])
+        self, state: Mapping[str, Any], digest: str, counts: Mapping[int, int]
+    ) -> tuple[dict[int, int], Tensor]:
+        """Which centre each client belongs to, and the centres; weights go by ``counts``."""
+        points = torch.stack([state["vectors"][str(client)] for client in counts])
         centres = state["centres"].get(digest)
         if centres is None or len(centres) < self.options.clusters:
             # So few clients so far that each could be a centre: start anew with those there are.
             centres = farthest_first(points, self.options.clusters)
-        belongs, centres = alternate(
-            points, centres, torch.tensor(weights), self.options.iterations
-        )
-        return belongs.tolist(), centres
-
-
-def _cluster_rows(
-    members: Sequence[int], belongs: Sequence[int], weights: Sequence[int]
-) -> list[MixRow]:
-    rows: list[MixRow] = []
-    for cluster in sorted(set(belongs)):
-        inside = [place for place, found in enumerate(belongs) if found == cluster]
-        total = sum(weights[place] for place in inside)
-        sources = tuple(members[place] for place in inside)
-        shares = tuple(weights[place] / total for place in inside)
-        rows += [MixRow(target=client, sources=sources, weights=shares) for client in sources]
-    return rows
+        weights = torch.tensor(list(counts.values()))
+        belongs, centres = alternate(points, centres, weights, self.options.iterations)
+        return dict(zip(counts, belongs.tolist(), strict=True)), centres

@@ -38,7 +38,6 @@ from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
     Branch,
     ClientContext,
-    ClientManifest,
     ClientState,
     ClientUpdate,
     MixingPlan,
@@ -51,7 +50,6 @@ from fedml_plugin_fedmosaic.core.types import (
 from fedml_plugin_fedmosaic.core.work import (
     LocalResult,
     ModelRef,
-    Pass,
     Probe,
     ProbeResult,
     Result,
@@ -59,22 +57,24 @@ from fedml_plugin_fedmosaic.core.work import (
     Work,
 )
 from fedml_plugin_fedmosaic.equations.clusters import alternate, farthest_first
-from fedml_plugin_fedmosaic.strategies.base import ServerState, StrategyBase
+from fedml_plugin_fedmosaic.strategies.base import ServerState
+from fedml_plugin_fedmosaic.strategies.clustered import (
+    Clustered,
+    ProjectingClient,
+    sample_counts,
+)
 from fedml_plugin_fedmosaic.strategies.common import (
-    check_participants,
-    layouts_by_client,
+    by_target,
+    equal_rows,
     local_keys,
+    local_pass,
+    members_by_layout,
     receive,
+    shares,
     weight_matrix,
 )
-from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgClient
-from fedml_plugin_fedmosaic.strategies.vectors import (
-    members_by_layout,
-    projection_note,
-    vector_of,
-)
+from fedml_plugin_fedmosaic.strategies.vectors import with_notes
 
-NOTE = "projection"
 CHOICE = "cluster"
 _PROBE = "choose"
 _PREFIX = "model"
@@ -96,7 +96,7 @@ class IFCAOptions:
     """Numbers of the random projection by which the first clusters are made."""
 
 
-class IFCAClient(FedAvgClient):
+class IFCAClient(ProjectingClient):
     """Compares the models, trains the best one.
 
     Args:
@@ -104,6 +104,7 @@ class IFCAClient(FedAvgClient):
     """
 
     def __init__(self, options: IFCAOptions) -> None:
+        super().__init__(options.projection)
         self._options = options
 
     def prepare(
@@ -127,7 +128,7 @@ class IFCAClient(FedAvgClient):
             sets[slot] = {key: adapter[key] for key in keys}
         state = replace(state, sets=sets, extra={**state.extra, CHOICE: None})
         if not sets:
-            return state, (_training(context),)
+            return state, (local_pass(context),)
         probe = Probe(
             name=_PROBE,
             models={name: ModelRef(overlay=(name,), view=View.LOCAL) for name in sorted(sets)},
@@ -156,7 +157,7 @@ class IFCAClient(FedAvgClient):
             )
         adapter = {**state.adapter, **{k: v.clone() for k, v in state.sets[best].items()}}
         extra = {**state.extra, CHOICE: int(best.removeprefix(_PREFIX))}
-        return replace(state, adapter=adapter, extra=extra), (_training(context),)
+        return replace(state, adapter=adapter, extra=extra), (local_pass(context),)
 
     def finish(
         self,
@@ -167,12 +168,10 @@ class IFCAClient(FedAvgClient):
     ) -> tuple[ClientUpdate, ClientState]:
         """Uploads the trained tensors, the choice and a projection."""
         update, after = super().finish(result, state, context, header)
-        note = projection_note(update.tensors, self._options.projection, context.seed)
-        notes = {**header.notes, NOTE: note, CHOICE: state.extra.get(CHOICE)}
-        return replace(update, header=replace(header, notes=notes)), after
+        return with_notes(update, **{CHOICE: state.extra.get(CHOICE)}), after
 
 
-class IFCA(StrategyBase):
+class IFCA(Clustered):
     """J models per layout, chosen by loss."""
 
     name: ClassVar[str] = "ifca"
@@ -184,31 +183,11 @@ class IFCA(StrategyBase):
         self._client = IFCAClient(options)
 
     @property
-    def client(self) -> IFCAClient:
-        """The client half."""
-        return self._client
-
-    @property
     def cost(self) -> Cost:
         """Plain training, and the comparison."""
         return Cost(
             forwards=1 + self.options.clusters * self.options.probe_samples / _PLAIN_SAMPLES
         )
-
-    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
-        """Remembers the clients and the seed; there are no models yet.
-
-        Raises:
-            PlanError: no client, or an id twice.
-        """
-        return {
-            "seed": seed,
-            "layouts": layouts_by_client(manifests),
-            "vectors": {},
-            "examples": {},
-            "centres": {},
-            "clusters": {},
-        }
 
     def plan(
         self,
@@ -222,7 +201,9 @@ class IFCA(StrategyBase):
             PlanError: a header of an unknown client, two of one client, without a projection, or
                 with a choice that is no model.
         """
-        after = self._take_in(state, headers)
+        after = self.taken_in(state, headers, self.options.projection)
+        choices = {str(header.client_id): self._choice(header) for header in headers}
+        after["clusters"].update({c: made for c, made in choices.items() if made is not None})
         rows: dict[str, list[MixRow]] = {}
         chosen: list[MixRow] = []
         everyone = [int(client) for client in state["layouts"]]
@@ -236,35 +217,17 @@ class IFCA(StrategyBase):
             after["clusters"].update({str(c): cluster for c, cluster in belongs.items()})
             for cluster in sorted(set(belongs.values())):
                 inside = [client for client in members if belongs[client] == cluster]
-                weights = self._weights(after["examples"], inside)
-                made = [
-                    MixRow(target=client, sources=tuple(inside), weights=weights)
-                    for client in receivers
-                ]
+                weights = shares(sample_counts(after, inside, self.options.weighting).values())
+                made = equal_rows(receivers, inside, weights)
                 rows.setdefault(f"{_PREFIX}{cluster}", []).extend(made)
                 chosen += [row for row in made if belongs.get(row.target) == cluster]
-        ordered = {
-            slot: tuple(sorted(made, key=lambda row: row.target)) for slot, made in rows.items()
-        }
+        ordered = by_target(rows)
         plan = MixingPlan(
             rows=ordered,
             slots=dict.fromkeys(ordered, CHANNEL_CONV),
             weights=weight_matrix(everyone, chosen),
         )
         return after, plan
-
-    def _take_in(self, state: ServerState, headers: Sequence[UpdateHeader]) -> dict[str, Any]:
-        """The state with the headers' projections, sample counts and choices."""
-        check_participants(state["layouts"], [header.client_id for header in headers])
-        names = ("vectors", "examples", "clusters", "centres")
-        after: dict[str, Any] = {**state, **{name: dict(state[name]) for name in names}}
-        for header in headers:
-            client, choice = str(header.client_id), self._choice(header)
-            after["vectors"][client] = vector_of(header, NOTE, self.options.projection)
-            after["examples"][client] = max(header.num_examples, 1)
-            if choice is not None:
-                after["clusters"][client] = choice
-        return after
 
     def _choice(self, header: UpdateHeader) -> int | None:
         choice = header.notes.get(CHOICE)
@@ -295,20 +258,6 @@ class IFCA(StrategyBase):
         belongs, _ = alternate(stacked, centres, ones, 1)
         nearest = dict(zip(points, belongs.tolist(), strict=True))
         return centres, {client: clusters.get(str(client), nearest[client]) for client in points}
-
-    def _weights(self, examples: Mapping[str, int], inside: Sequence[int]) -> tuple[float, ...]:
-        uniform = self.options.weighting == "uniform"
-        counts = [1 if uniform else examples[str(client)] for client in inside]
-        return tuple(count / sum(counts) for count in counts)
-
-
-def _training(context: ClientContext) -> Pass:
-    return Pass(
-        name="local",
-        view=View.LOCAL,
-        train=frozenset({Branch.LOCAL}),
-        num_steps=context.num_steps,
-    )
 
 
 def _mean_loss(seen: ProbeResult, model: str) -> float:

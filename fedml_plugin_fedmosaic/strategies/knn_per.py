@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -231,12 +231,7 @@ class KnnFedAvg(FedAvg):
 
     def __init__(self, options: KnnFedAvgOptions) -> None:
         super().__init__(options)
-        self._neighbours = NeighbourClient(super().client, options, self.eval_view)
-
-    @property
-    def client(self) -> Any:
-        """The client half."""
-        return self._neighbours
+        self._client = NeighbourClient(self._client, options, self.eval_view)
 
     @property
     def needs_held_out(self) -> bool:
@@ -257,12 +252,7 @@ class KnnFedMosaic(FedMosaic):
 
     def __init__(self, options: KnnFedMosaicOptions) -> None:
         super().__init__(options)
-        self._neighbours = NeighbourClient(super().client, options, self.eval_view)
-
-    @property
-    def client(self) -> Any:
-        """The client half."""
-        return self._neighbours
+        self._client = NeighbourClient(self._client, options, self.eval_view)
 
     @property
     def needs_held_out(self) -> bool:

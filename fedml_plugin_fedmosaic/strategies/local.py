@@ -19,24 +19,17 @@ from pydantic.dataclasses import dataclass
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
-    AdapterState,
-    Branch,
     ClientContext,
-    ClientManifest,
     ClientState,
     ClientUpdate,
     MixingPlan,
     Relevance,
     SharedTensors,
     UpdateHeader,
-    View,
 )
 from fedml_plugin_fedmosaic.core.work import LocalResult, Pass
 from fedml_plugin_fedmosaic.strategies.base import ClientBase, ServerState, StrategyBase
-from fedml_plugin_fedmosaic.strategies.common import (
-    check_participants,
-    layouts_by_client,
-)
+from fedml_plugin_fedmosaic.strategies.common import check_participants, local_pass
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -46,10 +39,6 @@ class LocalOptions:
 
 class LocalClient(ClientBase):
     """Trains the local branch on the client's own data."""
-
-    def init_state(self, adapter: AdapterState, context: ClientContext) -> ClientState:
-        """The freshly injected adapter."""
-        return ClientState(client_id=context.manifest.client_id, adapter=dict(adapter))
 
     def prepare(
         self, downlink: SharedTensors, state: ClientState, context: ClientContext
@@ -63,10 +52,7 @@ class LocalClient(ClientBase):
             raise PlanError(
                 f"client {state.client_id} trains alone but received {len(downlink)} tensors"
             )
-        train = frozenset({Branch.LOCAL})
-        return state, (
-            Pass(name="local", view=View.LOCAL, train=train, num_steps=context.num_steps),
-        )
+        return state, (local_pass(context),)
 
     def finish(
         self,
@@ -90,19 +76,6 @@ class Local(StrategyBase):
     def __init__(self, options: LocalOptions) -> None:
         self.options = options
         self._client = LocalClient()
-
-    @property
-    def client(self) -> LocalClient:
-        """The client half."""
-        return self._client
-
-    def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
-        """Remembers the clients and the seed.
-
-        Raises:
-            PlanError: no client, or an id twice.
-        """
-        return {"seed": seed, "layouts": layouts_by_client(manifests)}
 
     def plan(
         self,

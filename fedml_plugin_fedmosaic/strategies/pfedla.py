@@ -36,7 +36,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.types import (
-    CHANNEL_CONV,
+    AdapterState,
     ClientContext,
     ClientManifest,
     ClientState,
@@ -47,7 +47,7 @@ from fedml_plugin_fedmosaic.core.types import (
     SharedTensors,
     UpdateHeader,
 )
-from fedml_plugin_fedmosaic.core.work import LocalResult, Work
+from fedml_plugin_fedmosaic.core.work import LocalResult
 from fedml_plugin_fedmosaic.equations.hypernetwork import (
     agreement,
     follow,
@@ -55,18 +55,24 @@ from fedml_plugin_fedmosaic.equations.hypernetwork import (
     new_network,
 )
 from fedml_plugin_fedmosaic.strategies.base import ServerState, StrategyBase
-from fedml_plugin_fedmosaic.strategies.common import check_participants, layouts_by_client
+from fedml_plugin_fedmosaic.strategies.common import (
+    ClientMatrix,
+    by_target,
+    check_participants,
+    members_by_layout,
+)
 from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgClient
+from fedml_plugin_fedmosaic.strategies.relevant import sparse_row
 from fedml_plugin_fedmosaic.strategies.vectors import (
+    in_channels,
     layer_tensors,
     matrix_of,
-    members_by_layout,
     projection_note,
     receive_layers,
+    with_notes,
 )
 
 NOTE = "layers"
-_SMALLEST = 2.0**-149  # the smallest positive float32
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -99,16 +105,13 @@ class PFedLAClient(FedAvgClient):
     def __init__(self, options: PFedLAOptions) -> None:
         self._options = options
 
-    def prepare(
-        self, downlink: SharedTensors, state: ClientState, context: ClientContext
-    ) -> tuple[ClientState, tuple[Work, ...]]:
-        """Replaces the layers that were received.
+    def received(self, downlink: SharedTensors, state: ClientState) -> AdapterState:
+        """The adapter with the layers replaced that were received.
 
         Raises:
             PlanError: the downlink does not fit the client's adapter.
         """
-        adapter = receive_layers(state.adapter, downlink, state.client_id)
-        return super().prepare({}, replace(state, adapter=adapter), context)
+        return receive_layers(state.adapter, downlink, state.client_id)
 
     def finish(
         self,
@@ -124,13 +127,8 @@ class PFedLAClient(FedAvgClient):
             projection_note(tensors, self._options.projection, context.seed)
             for tensors in layers.values()
         ]
-        tensors = {
-            channel_of_layer(layer) + name.removeprefix(CHANNEL_CONV): tensor
-            for layer, part in layers.items()
-            for name, tensor in part.items()
-        }
-        header = replace(header, notes={**header.notes, NOTE: note})
-        return replace(update, header=header, tensors=tensors), after
+        update = replace(update, tensors=in_channels(layers, channel_of_layer))
+        return with_notes(update, **{NOTE: note}), after
 
 
 class PFedLA(StrategyBase):
@@ -144,11 +142,6 @@ class PFedLA(StrategyBase):
         self.options = options
         self._client = PFedLAClient(options)
 
-    @property
-    def client(self) -> PFedLAClient:
-        """The client half."""
-        return self._client
-
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
         """Remembers the clients, their depths and the seed; there are no networks yet.
 
@@ -156,8 +149,7 @@ class PFedLA(StrategyBase):
             PlanError: no client, or an id twice.
         """
         return {
-            "seed": seed,
-            "layouts": layouts_by_client(manifests),
+            **super().init(manifests, seed),
             "depths": {str(m.client_id): m.num_layers for m in manifests},
             "vectors": {},
             "starts": {},
@@ -186,7 +178,7 @@ class PFedLA(StrategyBase):
         vectors = {**state["vectors"], **fresh}
         starts = {**state["starts"]}
         everyone = [int(client) for client in state["layouts"]]
-        report = _Report(everyone)
+        report = ClientMatrix(everyone)
         rows: dict[str, list[MixRow]] = {}
         for members in members_by_layout(state["layouts"], everyone).values():
             for client in members:
@@ -206,17 +198,13 @@ class PFedLA(StrategyBase):
                 for layer in sorted(kept):
                     start[layer] = values[place, layer]
                 starts[str(client)] = start
-                report.add(client, members, alpha)
+                report.put([client], members, alpha.mean(dim=0)[None], others=0.0)
                 for layer, weights in enumerate(alpha.tolist()):
                     if layer not in kept:
-                        row = _row(client, members, weights)
+                        row = sparse_row(client, members, weights)
                         rows.setdefault(channel_of_layer(layer), []).append(row)
         after = {**state, "networks": networks, "vectors": vectors, "starts": starts}
-        ordered = {
-            channel: tuple(sorted(made, key=lambda row: row.target))
-            for channel, made in rows.items()
-        }
-        return after, MixingPlan(rows=ordered, weights=report.matrix)
+        return after, MixingPlan(rows=by_target(rows), weights=report.values)
 
     def _new(self, state: ServerState, members: Sequence[int], place: int) -> dict[str, Tensor]:
         options = self.options
@@ -248,21 +236,8 @@ class PFedLA(StrategyBase):
         return frozenset(order[: self.options.keep_local].tolist())
 
 
-class _Report:
-    """Mean weights over the layers, for the report."""
-
-    def __init__(self, everyone: Sequence[int]) -> None:
-        self._position = {client: index for index, client in enumerate(sorted(everyone))}
-        self.matrix = torch.full((len(everyone), len(everyone)), float("nan"))
-
-    def add(self, client: int, members: Sequence[int], alpha: Tensor) -> None:
-        row = self.matrix[self._position[client]]
-        row.zero_()
-        row[[self._position[member] for member in members]] = alpha.mean(dim=0).float()
-
-
 def channel_of_layer(layer: int) -> str:
-    """Channel of a decoder layer's tensors."""
+    """Channel of the tensors of a decoder layer, counted from 0."""
     return f"layer{layer}"
 
 
@@ -271,16 +246,3 @@ def _stack(vectors: Mapping[str, Tensor], members: Sequence[int]) -> tuple[Tenso
     like = next(vectors[str(member)] for member in members if str(member) in vectors)
     known = torch.tensor([str(member) in vectors for member in members])
     return torch.stack([vectors.get(str(m), torch.zeros_like(like)) for m in members]), known
-
-
-def _row(client: int, members: Sequence[int], weights: Sequence[float]) -> MixRow:
-    kept = [
-        (source, weight)
-        for source, weight in zip(members, weights, strict=True)
-        if weight >= _SMALLEST
-    ]
-    return MixRow(
-        target=client,
-        sources=tuple(source for source, _ in kept),
-        weights=tuple(weight for _, weight in kept),
-    )

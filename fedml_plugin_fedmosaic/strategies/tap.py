@@ -109,11 +109,6 @@ class Tap(StrategyBase):
         """Fine-tuning and distillation."""
         return (FINALIZE,)
 
-    @property
-    def client(self) -> TapClient:
-        """The client half."""
-        return self._client
-
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
         """Remembers the clients, their keys and their samples; nothing has an average yet.
 

@@ -1,8 +1,8 @@
-"""Short vectors in headers: what a client says about its weights so that the server can compare."""
+"""What clients say about their weights in headers, and layers that travel one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,14 @@ from fedml_plugin_fedmosaic.core.types import (
     AdapterKey,
     AdapterState,
     Branch,
+    ClientUpdate,
     SharedTensors,
     UpdateHeader,
 )
 from fedml_plugin_fedmosaic.equations.projection import project
 from fedml_plugin_fedmosaic.strategies.common import receive
+
+_NORM_FLOOR = 1e-12
 
 
 def layer_tensors(tensors: SharedTensors) -> dict[int, dict[str, Tensor]]:
@@ -30,6 +33,22 @@ def layer_tensors(tensors: SharedTensors) -> dict[int, dict[str, Tensor]]:
         if channel == CHANNEL_CONV:
             layers.setdefault(int(rest.partition("/")[0]), {})[name] = tensors[name]
     return dict(sorted(layers.items()))
+
+
+def in_channels(
+    layers: Mapping[int, SharedTensors], channel: Callable[[int], str]
+) -> dict[str, Tensor]:
+    """The tensors of :func:`layer_tensors` under other channels.
+
+    Args:
+        layers: decoder layer -> its tensors.
+        channel: place of the layer among them, from 0 -> channel of its tensors.
+    """
+    return {
+        channel(place) + name.removeprefix(CHANNEL_CONV): tensor
+        for place, part in enumerate(layers.values())
+        for name, tensor in part.items()
+    }
 
 
 def receive_layers(
@@ -50,6 +69,12 @@ def receive_layers(
     got = set(layer_tensors(named))
     part = {key: tensor for key, tensor in adapter.items() if key.layer in got or not downlink}
     return {**adapter, **receive(part, named, Branch.LOCAL, client_id)}
+
+
+def with_notes(update: ClientUpdate, **notes: Any) -> ClientUpdate:
+    """The update with further notes in its header."""
+    header = replace(update.header, notes={**update.header.notes, **notes})
+    return replace(update, header=header)
 
 
 def projection_note(tensors: SharedTensors, width: int, seed: int) -> list[float]:
@@ -102,13 +127,8 @@ def matrix_of(header: UpdateHeader, note: str, rows: int, columns: int) -> Tenso
     return matrix
 
 
-def members_by_layout(
-    layouts: Mapping[str, Mapping[str, str]], clients: Sequence[int]
-) -> dict[str, list[int]]:
-    """Layout digest of the channel ``conv`` -> clients of it, ascending."""
-    found: dict[str, list[int]] = {}
-    for client in sorted(clients):
-        digest = layouts[str(client)].get(CHANNEL_CONV)
-        if digest is not None:
-            found.setdefault(digest, []).append(client)
-    return found
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Vectors (..., d) in float64, divided by their lengths; what is 0 stays 0."""
+    wide = vectors.double()
+    rows: Tensor = wide / wide.norm(dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
+    return rows
