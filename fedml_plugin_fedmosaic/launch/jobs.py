@@ -41,8 +41,9 @@ def job_spec(experiment: Experiment, run_dir: Path, name: str | None = None) -> 
         name: shown in queues; the folder's name when None.
 
     Raises:
-        ConfigError: the resources do not fit the models.
+        ConfigError: the resources do not fit the models, or the configuration goes on with a run.
     """
+    _refuse_resume(experiment)
     config = experiment.launcher
     python = [sys.executable] if config.python is None else shlex.split(config.python)
     folder = run_dir.absolute()
@@ -69,11 +70,28 @@ def job_spec(experiment: Experiment, run_dir: Path, name: str | None = None) -> 
     return spec
 
 
+def _refuse_resume(experiment: Experiment) -> None:
+    """A job has a run folder of its own, in which it goes on by itself when it starts again.
+
+    Raises:
+        ConfigError: ``run.resume`` is set.
+    """
+    resume = experiment.run.resume
+    if resume is not None:
+        raise ConfigError(
+            f"run.resume: {resume} cannot be submitted: a job is a new run in a folder of its own, "
+            "and its later starts (requeued, or the next of a --chain) go on with that folder",
+            hint="take run.resume out for a new run. To go on with the old one: 'fedmosaic run "
+            f"--resume {resume}', or as a job: 'fedmosaic submit --scripts .', then "
+            f"'RUN_DIR={resume} sbatch slurm/<script>.sh'",
+        )
+
+
 def submit(experiment: Experiment, run_dir: Path, name: str | None = None) -> Job:
     """Writes the configuration into the run folder and starts the job with its launcher.
 
     Raises:
-        ConfigError: the resources do not fit, or the run folder holds something already.
+        ConfigError: see :func:`job_spec`, or the run folder holds something already.
         LaunchError: the job could not be started.
     """
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):

@@ -85,6 +85,21 @@ def test_a_job_of_a_cluster(tmp_path, slurm):
     assert "not an empty folder" in again.output
 
 
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+@pytest.mark.parametrize("launcher", ["slurm", "local", "debug"])
+def test_going_on_with_a_run_is_not_submitted(tmp_path, slurm, launcher, dry_run):
+    config = write_world(tmp_path)
+    old = ("--set", "run.resume=runs/old")
+    done = call("submit", "--cf", str(config), "--launcher", launcher, *old, *dry_run)
+    assert done.exit_code == 2, done.output
+    assert "run.resume: runs/old cannot be submitted" in done.output
+    assert "fedmosaic run --resume runs/old" in " ".join(done.output.split())
+    assert not (tmp_path / "runs").exists()
+    assert slurm.calls() == []
+    fresh = call("submit", "--cf", str(config), "--set", "run.resume=null", "--dry-run")
+    assert fresh.exit_code == 0, fresh.output
+
+
 def test_a_failed_run_is_shown_as_such(tmp_path, slurm):
     run_dir = tmp_path / "runs" / "a"
     call("submit", "--run-dir", str(run_dir))
