@@ -259,6 +259,7 @@ def _bars(console: Console) -> Iterator[Callable[[str], Callable[[str, int, int]
 def _show(console: Console, folder: Path, experiment: Experiment) -> None:
     from fedml_plugin_fedmosaic.cli.tables import print_table
     from fedml_plugin_fedmosaic.report.alignment import (
+        overfitting_table,
         quality_table,
         read_alignments,
         warnings_of,
@@ -267,6 +268,9 @@ def _show(console: Console, folder: Path, experiment: Experiment) -> None:
 
     manifests = read_alignments(folder)
     print_table(quality_table(manifests), console)
+    fitted = overfitting_table(manifests)
+    if fitted is not None:
+        print_table(fitted, console)
     for line in warnings_of(manifests):
         console.print(
             f"warning: {line}",

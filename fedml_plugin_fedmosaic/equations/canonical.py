@@ -32,11 +32,16 @@ class CanonicalMap:
         correlations: falling canonical correlations, ``(min(p, q),)`` float64.
         rank: correlations above round-off; the map is zero on the other directions, as these have
             no definite partner.
+        x_directions: ``(min(p, q), p)`` float64; row i takes x to the coordinate that has
+            correlation i, of length 1 over the rows.
+        y_directions: ``(min(p, q), q)``, likewise.
     """
 
     matrix: Tensor
     correlations: Tensor
     rank: int
+    x_directions: Tensor
+    y_directions: Tensor
 
 
 def canonical_map(moments: PairMoments, ridge: float = RIDGE) -> CanonicalMap:
@@ -63,7 +68,28 @@ def canonical_map(moments: PairMoments, ridge: float = RIDGE) -> CanonicalMap:
     noise = _ROUND_OFF * max(moments.xy.shape) * (x_condition * y_condition) ** 0.5
     rank = int((correlations > noise).sum())
     turn = left[:, :rank] @ right[:rank]
-    return CanonicalMap(y_root @ turn @ x_inverse, correlations, rank)
+    return CanonicalMap(
+        y_root @ turn @ x_inverse, correlations, rank, right @ x_inverse, left.T @ y_inverse
+    )
+
+
+def correlations_along(found: CanonicalMap, moments: PairMoments) -> Tensor:
+    """Correlations of other rows along directions that were found on the first ones.
+
+    On the rows that the directions come from these are the canonical correlations; on new rows of
+    the same kind they are lower, the more so the fewer rows the directions come from.
+
+    Args:
+        found: of the first rows.
+        moments: of other rows, of the same widths.
+
+    Returns:
+        ``(min(p, q),)`` float64 in [-1, 1]; 0 along a direction in which a side does not vary.
+    """
+    along = moments.mapped(found.x_directions, found.y_directions)
+    scale = (along.xx.diagonal() * along.yy.diagonal()).clamp_min(0.0).sqrt()
+    shared = along.xy.diagonal()
+    return torch.where(scale > 0, shared / scale, torch.zeros_like(shared)).clamp(-1.0, 1.0)
 
 
 def _roots(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:

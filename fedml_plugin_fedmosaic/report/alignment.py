@@ -23,6 +23,9 @@ MARGIN = 0.02
 FEW_ROWS = 20
 """Token positions per rank below which canonical correlations flatter."""
 
+FITTED_GAP = 0.1
+"""Loss of canonical correlation on new samples from which B follows its samples too closely."""
+
 Manifest = Mapping[str, Any]
 """An alignment manifest as its JSON says it."""
 
@@ -107,6 +110,46 @@ def quality_table(manifests: Mapping[str, Manifest]) -> SummaryTable:
     return SummaryTable(columns, rows, notes, num_left=3)
 
 
+def overfitting_table(manifests: Mapping[str, Manifest]) -> SummaryTable | None:
+    """The same measures on samples of the fit and on new ones, one row per block.
+
+    Returns:
+        None if no manifest has them, as those of older versions.
+    """
+    rows = []
+    for name, manifest in manifests.items():
+        if manifest["quality"] is None:
+            continue
+        for block, linears in _blocks(manifest).items():
+            if any(linear.get("fitted") is None for linear in linears.values()):
+                continue
+            fitted = {module: linear["fitted"] for module, linear in linears.items()}
+            row = [name, str(block + 1)]
+            for field in ("residual", "explained"):
+                row += [f"{_average(fitted, field):.2f}", f"{_average(linears, field):.2f}"]
+            row += [f"{value:.2f}" for value in _correlations(linears)]
+            row += [f"{_average(fitted, 'agreement'):.2f}", f"{_average(linears, 'agreement'):.2f}"]
+            rows.append(row)
+    if not rows:
+        return None
+    names = ("residual", "explained", "canonical", "same\ncoord.")
+    columns = ["model", "block"]
+    for name in names:
+        columns += [f"{name}\nfitted", "\nnew"]
+    notes = [
+        "Fitted: samples that turned B, which A was fitted on, too. New: samples of the check."
+    ]
+    return SummaryTable(columns, rows, notes, num_left=2)
+
+
+def _correlations(linears: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean canonical correlation on the samples of B, and along the same directions on new ones."""
+    return (
+        mean([mean(linear["correlations"]) or 0.0 for linear in linears.values()]) or 0.0,
+        mean([mean(linear["new_correlations"]) or 0.0 for linear in linears.values()]) or 0.0,
+    )
+
+
 def warnings_of(manifests: Mapping[str, Manifest]) -> list[str]:
     """What a user should know before trusting the files; one sentence each."""
     lines = _strangers(manifests)
@@ -130,6 +173,13 @@ def warnings_of(manifests: Mapping[str, Manifest]) -> list[str]:
                 f"{name}: only {rows} token positions for rank {manifest['rank']}; canonical "
                 "correlations are too high. Use --positions all, or more --output-samples"
             )
+        if all(linear.get("new_correlations") for linear in quality["linears"].values()):
+            fitted, new = _correlations(quality["linears"])
+            if fitted - new > FITTED_GAP:
+                lines.append(
+                    f"{name}: canonical correlations are {fitted:.2f} on the samples of B and "
+                    f"{new:.2f} on new ones. Use more --output-samples, or a smaller rank"
+                )
         shares = [linear["explained"] for linear in quality["linears"].values()]
         if (mean(shares) or 0.0) < POOR:
             lines.append(
@@ -193,6 +243,10 @@ def alignment_page(manifests: Mapping[str, Manifest]) -> str:
     warnings = warnings_of(manifests)
     table.notes.extend(warnings)
     sections = [Section("quality", "Quality", "Means over the linears of each block.", table=table)]
+    fitted = overfitting_table(manifests)
+    if fitted is not None:
+        lead = "What the fit has seen, against new samples of the same kind."
+        sections.append(Section("fitted", "Fitted and new samples", lead, table=fitted))
     for name, manifest in manifests.items():
         if manifest["quality"] is None:
             continue
@@ -249,6 +303,7 @@ def write_alignment_page(folder: Path) -> Path:
 __all__: Sequence[str] = [
     "alignment_page",
     "figures_of",
+    "overfitting_table",
     "quality_table",
     "read_alignments",
     "warnings_of",

@@ -36,12 +36,9 @@ from fedml_plugin_fedmosaic.runtime.alignment_files import (
     remember,
     write_alignment,
 )
-from fedml_plugin_fedmosaic.runtime.alignment_fit import (
-    PairAligner,
-    PairAlignment,
-    initial_factors,
-)
+from fedml_plugin_fedmosaic.runtime.alignment_fit import PairAligner, initial_factors
 from fedml_plugin_fedmosaic.runtime.alignment_options import AlignOptions, Progress
+from fedml_plugin_fedmosaic.runtime.alignment_quality import PairAlignment
 
 TRAIN = "train"
 """Stands for the clients' own training samples."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.runtime.alignment_fit import LinearQuality
+from fedml_plugin_fedmosaic.runtime.alignment_quality import LinearQuality
 
 FORMAT = 1
 """Of files and manifests; also counts changes of the method, so that old caches are not used."""
@@ -63,7 +63,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PairQuality:
-    """How well a model corresponds to its anchor; see ``alignment_fit.PairAlignment``."""
+    """How well a model corresponds to its anchor; see ``alignment_quality.PairAlignment``."""
 
     linears: dict[str, LinearQuality]
     losses: tuple[float, ...]

@@ -9,7 +9,6 @@ seen say how well all that worked, and how similar the layers of the two models 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,13 +25,7 @@ from fedml_plugin_fedmosaic.engine.observe import ActivationObserver, Observed
 from fedml_plugin_fedmosaic.equations.alignment import nearest_row_orthonormal
 from fedml_plugin_fedmosaic.equations.blocks import block_end_layers
 from fedml_plugin_fedmosaic.equations.canonical import turned_outputs
-from fedml_plugin_fedmosaic.equations.layer_similarity import (
-    BlockSimilarity,
-    coordinate_agreement,
-    explained_variance,
-    residual_share,
-    unmatched_blocks,
-)
+from fedml_plugin_fedmosaic.equations.layer_similarity import BlockSimilarity, unmatched_blocks
 from fedml_plugin_fedmosaic.equations.matching import Pairs, fit_a
 from fedml_plugin_fedmosaic.equations.moments import PairMoments
 from fedml_plugin_fedmosaic.runtime.alignment_options import (
@@ -41,71 +34,13 @@ from fedml_plugin_fedmosaic.runtime.alignment_options import (
     default_rate,
     split_samples,
 )
+from fedml_plugin_fedmosaic.runtime.alignment_quality import PairAlignment, linear_quality
 from fedml_plugin_fedmosaic.runtime.alignment_rows import PairedBatch, RowPairing
 
 _WINDOW = 16
 """Batches among which samples of one length are put together, to pad less."""
 _CKA_ROWS = 256
 _SCALE_SAMPLES = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearQuality:
-    """How well one matched pair of linears corresponds.
-
-    Attributes:
-        residual_before: mean squared difference of both A outputs over the anchor's mean square,
-            with the random A; about 2 for unrelated ones. On samples kept for the check.
-        residual: the same with the aligned A; 0 is perfect.
-        explained: share of the variance of the model's A outputs that the best linear map of the
-            anchor's explains, likewise.
-        correlations: falling canonical correlations of both A outputs, on the samples of B.
-        rank: how many of them are above round-off.
-        agreement: mean squared correlation of a coordinate with the same one of the anchor, on the
-            samples of the check; what P relies on.
-        scale: factor on the anchor's A outputs before they are compared; 1 unless scales are
-            matched.
-    """
-
-    residual_before: float
-    residual: float
-    explained: float
-    correlations: tuple[float, ...]
-    rank: int
-    agreement: float
-    scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairAlignment:
-    """A model aligned with its anchor.
-
-    Attributes:
-        factors: ``<block>/<module>/A`` (r, d_in) and ``/B`` (d_out, r), float32.
-        quality: ``<block>/<module>`` -> quality.
-        losses: mean loss of each update.
-        rows: token positions of the passes ``outputs`` and ``check``.
-        pairing: ``direct`` or ``tokens``.
-        positions: ``all`` or ``supervised``.
-        learning_rate: as used.
-        cka: unbiased CKA between all layers, anchor's in rows.
-        anchor_ends: the anchor's block-end layers.
-        model_ends: the model's.
-        unmatched: blocks of the anchor that resemble another block of the model more than their
-            partner, with that block.
-    """
-
-    factors: dict[str, Tensor]
-    quality: dict[str, LinearQuality]
-    losses: tuple[float, ...]
-    rows: dict[str, int]
-    pairing: str
-    positions: str
-    learning_rate: float
-    cka: tuple[tuple[float, ...], ...]
-    anchor_ends: tuple[int, ...]
-    model_ends: tuple[int, ...]
-    unmatched: tuple[tuple[int, int], ...]
 
 
 def initial_factors(targets: Mapping[str, Target], rank: int, seed: int) -> dict[str, Tensor]:
@@ -229,13 +164,12 @@ class PairAligner:
         return PairAlignment(
             factors=factors,
             quality={
-                key: LinearQuality(
-                    residual_before=residual_share(before[key]),
-                    residual=residual_share(after[key]),
-                    explained=explained_variance(after[key]),
+                key: linear_quality(
+                    moments[key],
+                    before[key],
+                    after[key],
                     correlations=quality[key][0],
                     rank=quality[key][1],
-                    agreement=coordinate_agreement(after[key]),
                     scale=self._scales[key],
                 )
                 for key in self._keys

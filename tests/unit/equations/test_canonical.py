@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.equations.canonical import canonical_map, turned_outputs
+from fedml_plugin_fedmosaic.equations.canonical import (
+    canonical_map,
+    correlations_along,
+    turned_outputs,
+)
 from fedml_plugin_fedmosaic.equations.moments import PairMoments
 
 
@@ -57,3 +61,30 @@ def test_too_few_rows_wrong_ranks_and_singular_moments_are_refused() -> None:
         turned_outputs(_normal(5, 2, seed=11), _normal(5, 3, seed=12), PairMoments.of(z, z))
     with pytest.raises(AdapterError, match="span"):
         canonical_map(PairMoments.of(z[:3], z[:3]), ridge=0.0)
+
+
+def test_correlations_of_the_rows_themselves_are_the_canonical_ones() -> None:
+    x, y = _normal(60, 5, seed=0), _normal(60, 3, seed=1)
+    moments = PairMoments.of(x, y + 0.5 * x[:, :3])
+    found = canonical_map(moments, ridge=0.0)
+    torch.testing.assert_close(correlations_along(found, moments), found.correlations)
+    torch.testing.assert_close(  # coordinates of length 1, along which nothing else correlates
+        found.x_directions @ moments.xx @ found.x_directions.T, torch.eye(3).double()
+    )
+    scaled = moments.mapped(3.0 * torch.eye(5), torch.eye(3))
+    torch.testing.assert_close(correlations_along(found, scaled), found.correlations)
+
+
+def test_correlations_of_few_rows_do_not_hold_on_new_ones() -> None:
+    few = canonical_map(PairMoments.of(_normal(8, 5, seed=0), _normal(8, 5, seed=1)))
+    assert float(few.correlations.mean()) > 0.6  # of rows that have nothing to do with each other
+    new = PairMoments.of(_normal(4000, 5, seed=2), _normal(4000, 5, seed=3))
+    assert float(correlations_along(few, new).abs().max()) < 0.06
+    assert (
+        float(
+            correlations_along(few, PairMoments.of(torch.ones(9, 5), _normal(9, 5, seed=4)))
+            .abs()
+            .max()
+        )
+        == 0.0
+    )

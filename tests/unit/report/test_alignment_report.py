@@ -13,6 +13,7 @@ from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.report.alignment import (
     alignment_page,
     figures_of,
+    overfitting_table,
     quality_table,
     read_alignments,
     warnings_of,
@@ -33,6 +34,8 @@ def manifest(name: str, *, anchor: bool = False, **changes: Any) -> dict[str, An
                 "rank": 2,
                 "agreement": 0.5,
                 "scale": 1.0,
+                "new_correlations": [0.8, 0.5],
+                "fitted": {"residual": 0.125, "explained": 0.8, "agreement": 0.6},
             }
             for block in range(2)
             for module in MODULES
@@ -68,6 +71,27 @@ def test_the_table_has_a_row_per_block() -> None:
         ["big", "2", "2 | 4", "0.80", "2.00", "0.75", "0.75", "0.70", "0.50"],
     ]
     assert table.width <= 100
+
+
+def test_fitted_and_new_samples_are_put_side_by_side() -> None:
+    record = manifest("big")
+    table = overfitting_table({"small": manifest("small", anchor=True), "big": record})
+    assert table is not None
+    fixed = ["0.80", "0.75", "0.70", "0.65", "0.60", "0.50"]
+    assert table.rows == [
+        ["big", "1", "0.12", "0.25", *fixed],
+        ["big", "2", "0.12", "0.75", *fixed],
+    ]
+    assert table.width <= 100
+    for linear in record["quality"]["linears"].values():
+        linear.update(new_correlations=[0.7, 0.3])
+    assert any(
+        "are 0.70 on the samples of B and 0.50 on new" in w for w in warnings_of({"b": record})
+    )
+    for linear in record["quality"]["linears"].values():  # of an older version
+        del linear["new_correlations"], linear["fitted"]
+    assert overfitting_table({"big": record}) is None
+    assert warnings_of({"big": record}) == []
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from letter_model import save_letter_model
-from tiny_models import image_samples, save_llava, save_text_model, text_samples
+from tiny_models import WORDS, image_samples, save_llava, save_text_model, text_samples
 
 from fedml_plugin_fedmosaic.config.sections import AdapterConfig, ModelSpec
 from fedml_plugin_fedmosaic.core.errors import AdapterError, DataError
@@ -159,6 +160,10 @@ def test_aligned_factors_are_orthonormal_and_better_than_random_ones(models, ali
         assert all(0.0 <= q.explained <= 1.0 for q in quality)
         assert sum(q.agreement for q in quality) / len(quality) > 0.1  # of random models
         assert all(1.0 + 1e-9 >= q.correlations[0] >= q.correlations[-1] >= 0 for q in quality)
+        for q in quality:
+            assert q.fitted is not None
+            assert len(q.new_correlations) == 4
+            assert all(-1.0 <= c <= 1.0 for c in q.new_correlations)
         assert found.losses[-1] < found.losses[0]
         assert len(found.losses) == 4 * 8  # 30 samples for the fit, 10 for the check
         assert found.pairing == ("direct" if name == "wide" else "tokens")
@@ -300,3 +305,20 @@ def test_fewer_updates_take_larger_steps():
     assert default_rate(125, 2048) == pytest.approx(2e-3)
     assert default_rate(1250, 512) == pytest.approx(4e-4)
     assert default_rate(1, 16) == 1e-2
+
+
+def test_what_is_fitted_to_few_tokens_is_worse_on_new_ones(models):
+    """One text has hardly more tokens than A has directions; samples of the check tell."""
+    draw = random.Random(0)  # noqa: S311
+    samples = tuple(
+        Sample(sample_id=str(n), task="t", turns=(" ".join(draw.choices(WORDS, k=9)), "cat"))
+        for n in range(60)
+    )
+
+    def gap(output_samples):
+        options = replace(OPTIONS, epochs=1, output_samples=output_samples)
+        found = PairAligner(models["anchor"], models["wide"], ADAPTER, options).run(samples)
+        gaps = [sum(q.correlations) - sum(q.new_correlations) for q in found.quality.values()]
+        return sum(gaps) / (4 * len(gaps))
+
+    assert gap(1) > gap(45) + 0.05
