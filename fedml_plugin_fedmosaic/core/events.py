@@ -114,11 +114,15 @@ class RoundSkipped(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanMade(Event):
-    """Relevance and mixing weights, receivers as rows; None where unknown."""
+    """Relevance and mixing weights, receivers as rows; None where unknown.
+
+    ``groups`` says which group a client is in; None if the strategy does not look for any.
+    """
 
     round_idx: int
     relevance: tuple[tuple[float | None, ...], ...] | None
     weights: tuple[tuple[float | None, ...], ...] | None
+    groups: Mapping[int, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,5 +234,7 @@ def from_record(record: Mapping[str, Any]) -> Event | None:
         value = record[item.name]
         if item.name.endswith("_bytes"):
             value = {int(key): int(number) for key, number in value.items()}
+        elif item.name == "groups" and value is not None:
+            value = {int(key): str(name) for key, name in value.items()}
         values[item.name] = _tuples(value)
     return kind(**values)

@@ -260,7 +260,8 @@ class MixingPlan:
     nothing there (the strategy's client half says what that means). ``internal`` names slots whose
     receivers act for the server; they are no client's traffic. ``relevance`` and ``weights``
     are for the report: ``(clients, clients)`` float32 with NaN where unknown; row i belongs to
-    receiver i.
+    receiver i. So is ``groups``: client -> name of the group that it is trained with, for
+    strategies that look for groups; names are compared over the rounds.
     """
 
     rows: Mapping[str, tuple[MixRow, ...]] = field(default_factory=dict)
@@ -268,6 +269,7 @@ class MixingPlan:
     relevance: Tensor | None = None
     weights: Tensor | None = None
     internal: frozenset[str] = frozenset()
+    groups: Mapping[int, str] = field(default_factory=dict)
 
     def channel(self, slot: str) -> str:
         """The channel whose tensors a slot delivers."""

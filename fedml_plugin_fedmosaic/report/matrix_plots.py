@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import matplotlib as mpl
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from fedml_plugin_fedmosaic.report.style import (
     CARD,
+    COLOURS,
     DIVERGING,
     HEAT,
     STYLE,
@@ -20,10 +22,13 @@ from fedml_plugin_fedmosaic.report.style import (
     to_svg,
 )
 
+_LEGEND = 16
+"""Most groups that a legend names."""
 
-def _ink_on(value: float, norm: Normalize, palette: str) -> str:
+
+def _ink_on(value: float, norm: Normalize, palette: str | Colormap) -> str:
     """Black or white, whichever stands out on the cell's colour."""
-    red, green, blue, _ = colormaps[palette](float(norm(value)))
+    red, green, blue, _ = mpl.colormaps.get_cmap(palette)(float(norm(value)))
     return "#101010" if 0.30 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
 
 
@@ -114,6 +119,69 @@ def heat_map(
         return to_svg(figure, label)
 
 
+def thinned(rounds: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` rounds for a figure, evenly spread, first and last included."""
+    if len(rounds) <= most:
+        return list(rounds)
+    return [rounds[round(i * (len(rounds) - 1) / (most - 1))] for i in range(most)]
+
+
+def membership(
+    cells: Sequence[Sequence[str | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    separators: Sequence[str] = (),
+) -> str:
+    """Which group each row is in, column by column: a colour per group, None stays empty.
+
+    Args:
+        cells: names of groups, row by row.
+        rows: row labels.
+        columns: column labels.
+        label: what the figure shows, for screen readers.
+        separators: kind of each row, for lines between the kinds.
+
+    Returns:
+        An SVG element.
+    """
+    names = sorted({name for row in cells for name in row if name is not None})
+    number = {name: index for index, name in enumerate(names)}
+    palette = _palette(len(names))
+    size = 0.34 if len(columns) <= 20 else 0.2
+    with mpl.rc_context(STYLE):
+        figure = new_figure(2.6 + size * len(columns), 1.1 + 0.26 * len(rows))
+        axes = figure.subplots()
+        values = [[None if name is None else float(number[name]) for name in row] for row in cells]
+        _image(axes, values, Normalize(-0.5, len(names) - 0.5), aspect="auto", palette=palette)
+        axes.set_xticks(range(len(columns)), columns)
+        if len(columns) > 20:
+            axes.set_xticks(range(0, len(columns), 5), columns[::5])
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel("round")
+        for i, row in enumerate(cells):
+            for j, name in enumerate(row if len(columns) <= 20 else ()):
+                if name is not None:
+                    ink = _ink_on(number[name], Normalize(-0.5, len(names) - 0.5), palette)
+                    axes.text(j, i, name, ha="center", va="center", color=ink, fontsize=8)
+        if separators:
+            _groups(axes, separators, both=False)
+        if len(names) <= _LEGEND:
+            handles = [mpl.patches.Patch(color=palette(number[name]), label=name) for name in names]
+            axes.legend(
+                handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
+            )
+        return to_svg(figure, label)
+
+
+def _palette(count: int) -> ListedColormap:
+    """Colours of so many groups; from seven on, neighbours in one scale."""
+    if count <= len(COLOURS):
+        return ListedColormap(COLOURS[: max(count, 1)])
+    return ListedColormap([colormaps[HEAT](index / (count - 1)) for index in range(count)])
+
+
 def _colour_bar(
     figure: Figure, image: mpl.cm.ScalarMappable, axes: Axes | list[Axes], label: str = ""
 ) -> None:
@@ -134,7 +202,12 @@ def _norm(known: Sequence[float], *, diverging: bool) -> Normalize:
 
 
 def _image(
-    axes: Axes, values: Cells, norm: Normalize, *, aspect: float, palette: str = HEAT
+    axes: Axes,
+    values: Cells,
+    norm: Normalize,
+    *,
+    aspect: float | Literal["auto"],
+    palette: str | Colormap = HEAT,
 ) -> mpl.cm.ScalarMappable:
     """Cells as vector rectangles: an embedded bitmap would blur when printed."""
     nan = float("nan")
@@ -144,7 +217,7 @@ def _image(
         [j - 0.5 for j in range(width + 1)],
         [i - 0.5 for i in range(height + 1)],
         data,
-        cmap=colormaps[palette],
+        cmap=palette,
         norm=norm,
     )
     axes.set_ylim(height - 0.5, -0.5)

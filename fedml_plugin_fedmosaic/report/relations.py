@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedml_plugin_fedmosaic.report import matrix_plots
 from fedml_plugin_fedmosaic.report.clients import by_group, client_name, group_of, separators
+from fedml_plugin_fedmosaic.report.matrix_plots import thinned
 from fedml_plugin_fedmosaic.report.metrics import Run, mean
 from fedml_plugin_fedmosaic.report.network_plots import main_sources, network
 from fedml_plugin_fedmosaic.report.numbers import percent
@@ -48,13 +49,6 @@ def _plans(run: Run, field: str) -> dict[int, Cells]:
     return found
 
 
-def _thinned(rounds: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` rounds, evenly spread, first and last included."""
-    if len(rounds) <= most:
-        return list(rounds)
-    return [rounds[round(i * (len(rounds) - 1) / (most - 1))] for i in range(most)]
-
-
 def relevance(run: Run) -> Section | None:
     """Similarity of the clients' sketches."""
     matrices = {r: _without_diagonal(m) for r, m in _plans(run, "relevance").items()}
@@ -74,7 +68,7 @@ def relevance(run: Run) -> Section | None:
         )
     ]  # fmt: skip
     if len(matrices) > 1:
-        shown = _thinned(list(matrices), _MULTIPLES)
+        shown = thinned(list(matrices), _MULTIPLES)
         panels = {f"round {r + 1}": matrices[r] for r in shown}
         svg = matrix_plots.small_multiples(panels, label="Relevance over the rounds", groups=groups)
         figures.append(Figure(svg, "The same matrix over the rounds, on one colour scale."))
@@ -108,7 +102,7 @@ def mixing(run: Run) -> Section | None:
         )
         figures.append(Figure(graph, caption))
     if len(matrices) > 1:
-        shown = _thinned(list(matrices), _MULTIPLES)
+        shown = thinned(list(matrices), _MULTIPLES)
         panels = {f"round {r + 1}": matrices[r] for r in shown}
         svg = matrix_plots.small_multiples(
             panels, label="Mixing weights over the rounds", groups=groups

@@ -9,6 +9,7 @@ from fedml_plugin_fedmosaic.report.adaptation import unseen_tasks
 from fedml_plugin_fedmosaic.report.clients import by_group, client_name, separators
 from fedml_plugin_fedmosaic.report.compute import compute
 from fedml_plugin_fedmosaic.report.failures import dropouts, rounds_with_dropouts
+from fedml_plugin_fedmosaic.report.groups import groups
 from fedml_plugin_fedmosaic.report.learning import task_boundaries
 from fedml_plugin_fedmosaic.report.lives import lives, resumed_rounds
 from fedml_plugin_fedmosaic.report.metrics import Run, StrategyMetrics, mean
@@ -239,8 +240,8 @@ def reproduction(run: Run) -> list[Section]:
 def all_sections(run: Run) -> list[Section]:
     """All sections that the run has data for, in order."""
     makers = (
-        accuracy, over_the_stream, relevance, mixing, matrix, unseen_tasks, views, traffic, compute,
-        losses, replacements, dropouts, rounds_with_dropouts, lives, timing,
+        accuracy, over_the_stream, relevance, mixing, groups, matrix, unseen_tasks, views, traffic,
+        compute, losses, replacements, dropouts, rounds_with_dropouts, lives, timing,
     )  # fmt: skip
     found = [section for make in makers if (section := make(run)) is not None]
     return [summary(run), *found, *reproduction(run)]

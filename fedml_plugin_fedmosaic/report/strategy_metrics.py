@@ -16,6 +16,7 @@ from fedml_plugin_fedmosaic.data.metrics import a_auc
 from fedml_plugin_fedmosaic.report.learning import Stream, forgetting_of, forward_transfer_of
 
 _SERVER = "server"
+_LISTED = 12
 
 
 def on_server(pass_name: str) -> bool:
@@ -69,6 +70,34 @@ class StrategyMetrics:
         """Relevance and mixing weights by round index."""
         found = {e.round_idx: e for e in self.events if isinstance(e, ev.PlanMade)}
         return dict(sorted(found.items()))
+
+    @cached_property
+    def groups(self) -> dict[int, dict[int, str]]:
+        """Client -> name of its group, by round index; empty if the strategy finds no groups."""
+        return {r: dict(plan.groups) for r, plan in self.plans.items() if plan.groups}
+
+    @cached_property
+    def group_moves(self) -> tuple[tuple[int, int], ...]:
+        """Round index and client of each change from one group to another, in order."""
+        found: list[tuple[int, int]] = []
+        last: dict[int, str] = {}
+        for round_idx, members in self.groups.items():
+            found += [
+                (round_idx, c) for c in sorted(members) if last.get(c, members[c]) != members[c]
+            ]
+            last.update(members)
+        return tuple(found)
+
+    @property
+    def group_text(self) -> str:
+        """The groups of the last round in a few words; empty without any."""
+        members: dict[str, list[int]] = {}
+        for client, name in sorted(self.groups[max(self.groups)].items()) if self.groups else ():
+            members.setdefault(name, []).append(client)
+        return "; ".join(
+            f"{name}: {', '.join(map(str, ids)) if len(ids) <= _LISTED else f'{len(ids)} clients'}"
+            for name, ids in sorted(members.items())
+        )
 
     @cached_property
     def trained(self) -> tuple[ev.ClientTrained, ...]:

@@ -192,6 +192,10 @@ def summary_table(run: Run, max_width: int | None = MAX_WIDTH) -> SummaryTable:
     if unfinished:
         notes.append(f"Not finished: {', '.join(unfinished)}; the last evaluated round is shown.")
     failures = {name: text for name in run.ordered if (text := run.strategies[name].failure_text)}
+    found = {name: text for name in run.ordered if (text := run.strategies[name].group_text)}
+    notes += [
+        f"Groups of {name} after the last round (clients): {text}." for name, text in found.items()
+    ]
     notes += [f"Failures of {name}: {text}." for name, text in failures.items()]
     return SummaryTable(table.columns, table.rows, notes, table.num_left, table.num_footer)
 
@@ -221,6 +225,7 @@ def summary_record(run: Run) -> dict[str, Any]:
         own, others = metrics.client_scores("self"), metrics.client_scores("others")
         forgotten = forgetting_of(metrics.scores(), metrics.stream)
         transferred = forward_transfer_of(metrics.scores(), metrics.stream)
+        groups = metrics.groups
         strategies[name] = {
             "view": metrics.view,
             "self": metrics.self_mean,
@@ -237,6 +242,8 @@ def summary_record(run: Run) -> dict[str, Any]:
             "skipped_rounds": len(metrics.skipped),
             "uplink_bytes_per_client_and_round": metrics.bytes_per_client_round("uplink"),
             "downlink_bytes_per_client_and_round": metrics.bytes_per_client_round("downlink"),
+            "groups": {str(c): name for c, name in groups[max(groups)].items()} if groups else None,
+            "group_moves": len(metrics.group_moves) if groups else None,
             "flops": metrics.flops,
             "train_s": metrics.train_s,
             "duration_s": metrics.duration_s,

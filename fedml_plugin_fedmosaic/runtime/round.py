@@ -327,6 +327,7 @@ class StrategyRun:
                 round_idx=round_idx,
                 relevance=to_rows(plan.relevance),
                 weights=to_rows(plan.weights),
+                groups=dict(plan.groups) or None,
             )
         )
 

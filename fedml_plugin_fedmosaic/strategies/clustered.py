@@ -1,4 +1,4 @@
-"""What strategies with clusters of clients share: projections of adapters, and sample counts."""
+"""What strategies with clusters share: projections of adapters, sample counts, names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fedml_plugin_fedmosaic.core.types import (
+    CHANNEL_CONV,
     ClientContext,
     ClientManifest,
     ClientState,
@@ -90,3 +91,33 @@ def sample_counts(
     """Client -> what its weight is in proportion to: 1, or the samples of its last round."""
     uniform = weighting == "uniform"
     return {client: 1 if uniform else state["examples"][str(client)] for client in clients}
+
+
+def group_names(
+    layouts: Mapping[str, Mapping[str, str]], clusters: Mapping[str, int]
+) -> dict[int, str]:
+    """Names of the clients' clusters for the report, unique over all layouts.
+
+    Args:
+        layouts: client -> channel -> layout digest, of all clients.
+        clusters: client -> number of its cluster inside its layout, from 0.
+
+    Returns:
+        Client -> number of its cluster from 1; after a letter for its layout, in the order of the
+        layouts' first clients, if there are several layouts.
+    """
+    digests = [layouts[client].get(CHANNEL_CONV) for client in sorted(layouts, key=int)]
+    kinds = [digest for digest in dict.fromkeys(digests) if digest is not None]
+    letters = {
+        digest: _letters(place) if len(kinds) > 1 else "" for place, digest in enumerate(kinds)
+    }
+    return {
+        int(client): f"{letters[layouts[client][CHANNEL_CONV]]}{clusters[client] + 1}"
+        for client in sorted(clusters, key=int)
+    }
+
+
+def _letters(place: int) -> str:
+    """A, B, .., Z, AA, AB, .."""
+    before, last = divmod(place, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("A") + last)

@@ -43,6 +43,7 @@ from fedml_plugin_fedmosaic.strategies.base import ServerState
 from fedml_plugin_fedmosaic.strategies.clustered import (
     Clustered,
     ProjectingClient,
+    group_names,
     sample_counts,
 )
 from fedml_plugin_fedmosaic.strategies.common import (
@@ -104,6 +105,7 @@ class FeSEM(Clustered):
         plan = MixingPlan(
             rows=by_target({CHANNEL_CONV: rows}),
             weights=weight_matrix(map(int, state["layouts"]), rows),
+            groups=group_names(state["layouts"], after["clusters"]),
         )
         return after, plan
 

@@ -61,6 +61,7 @@ from fedml_plugin_fedmosaic.strategies.base import ServerState
 from fedml_plugin_fedmosaic.strategies.clustered import (
     Clustered,
     ProjectingClient,
+    group_names,
     sample_counts,
 )
 from fedml_plugin_fedmosaic.strategies.common import (
@@ -226,6 +227,7 @@ class IFCA(Clustered):
             rows=ordered,
             slots=dict.fromkeys(ordered, CHANNEL_CONV),
             weights=weight_matrix(everyone, chosen),
+            groups=group_names(state["layouts"], after["clusters"]),
         )
         return after, plan
 

@@ -18,6 +18,7 @@ from fedml_plugin_fedmosaic.core.types import (
     View,
 )
 from fedml_plugin_fedmosaic.core.work import LocalResult, Pass, Probe, ProbeResult, Samples
+from fedml_plugin_fedmosaic.strategies.clustered import group_names
 from fedml_plugin_fedmosaic.strategies.fesem import FeSEM, FeSEMOptions
 from fedml_plugin_fedmosaic.strategies.ifca import IFCA, IFCAOptions
 
@@ -194,3 +195,31 @@ def test_an_ifca_client_whose_models_are_all_broken_says_so() -> None:
 
 def test_ifca_pays_for_its_probes() -> None:
     assert IFCA(IFCAOptions(clusters=4, probe_samples=100)).cost.forwards == 2.0
+
+
+def test_plans_say_who_is_in_which_cluster() -> None:
+    strategy, state = _fesem()
+    headers = [_header(i, [v]) for i, v in enumerate((0.0, 1.0, 9.0, 11.0, 5.0))]
+    _, plan = strategy.plan(state, headers)
+    groups = dict(plan.groups)
+    # Two layouts: a letter each; client 5 has not trained.
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert {groups[0], groups[2]} == {"A1", "A2"}
+    assert (groups[4], 5 in groups) == ("B1", False)
+
+
+def test_groups_are_the_clients_own_choices() -> None:
+    strategy = IFCA(IFCAOptions(projection=1))
+    state = strategy.init([toy_manifest(i, "S", "lora") for i in range(3)], 0)
+    state, _ = strategy.plan(state, [_header(0, [0.0]), _header(1, [9.0]), _header(2, [9.5])])
+    _, plan = strategy.plan(state, [_header(1, [9.0], cluster=0), _header(2, [0.1], cluster=1)])
+    assert plan.groups[1] == "1"
+    assert plan.groups[2] == "2"
+
+
+def test_names_of_groups_are_unique_over_layouts() -> None:
+    layouts = {str(i): {"conv": f"layout {i}"} for i in range(28)}
+    layouts["28"] = {"pq": "no layer-wise tensors"}
+    names = group_names(layouts, {str(i): 0 for i in range(28)})
+    assert (names[0], names[25], names[26], names[27]) == ("A1", "Z1", "AA1", "AB1")
+    assert len(set(names.values())) == 28
