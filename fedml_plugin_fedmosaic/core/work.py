@@ -71,6 +71,10 @@ class Distillation:
         temperature: T, on both sides.
         teachers: models whose logits are averaged.
         targets: prefix of received logits, float32 ``(supervised tokens, vocabulary)`` per sample.
+        vocabularies: sample key -> digest of the vocabulary in which its received logits are; not
+            for those in the client's own. The engine translates them
+            (:mod:`equations.translation`); positions where they say nothing are left out.
+        top_k: most probable tokens per position that are translated.
         kind: ``kl``: KL(softmax(teacher/T) || softmax(student/T)); ``soft_ce``: cross entropy
             against softmax(teacher/T).
         tasks: the term is for samples of these tasks only; for all when empty.
@@ -80,6 +84,8 @@ class Distillation:
     temperature: float = 1.0
     teachers: tuple[ModelRef, ...] = ()
     targets: str = ""
+    vocabularies: Mapping[str, str] = field(default_factory=dict)
+    top_k: int = 128
     kind: Literal["kl", "soft_ce"] = "kl"
     tasks: tuple[str, ...] = ()
 

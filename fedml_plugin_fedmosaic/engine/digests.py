@@ -29,7 +29,14 @@ def layout_digests(adapter: AdapterState, signature: str) -> dict[str, str]:
     return digests
 
 
-def vocabulary_digest(tokenizer: Any) -> str:
-    """Digest of a tokenizer's tokens with their ids."""
+def vocabulary_digest(tokenizer: Any, width: int | None = None) -> str:
+    """Digest of a tokenizer's tokens with their ids.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        width: of the model's logits; part of the digest where it is not the number of tokens,
+            because models of one family are padded to different widths.
+    """
     words = sorted(tokenizer.get_vocab().items())
-    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+    return digest if width in (None, len(words)) else f"{digest}-{width}"

@@ -80,8 +80,8 @@ class LookingEngine(ABC):
         )
 
     def vocabulary(self) -> str:
-        """Digest of the tokenizer's vocabulary: equal ones give logits of equal meaning."""
-        return vocabulary_digest(self._bundle.processor.tokenizer)
+        """Digest of the vocabulary: equal ones give logits of equal width and meaning."""
+        return vocabulary_digest(self._bundle.processor.tokenizer, self._bundle.vocabulary_size)
 
     def evaluate(
         self,

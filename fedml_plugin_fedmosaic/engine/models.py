@@ -132,6 +132,11 @@ class ModelBundle:
         return weight
 
     @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits; often more than the tokenizer has tokens."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def norm_eps(self) -> float | None:
         """Epsilon of the final normalisation, if it says."""
         for name in ("variance_epsilon", "eps"):

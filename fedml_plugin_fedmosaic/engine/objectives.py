@@ -25,6 +25,7 @@ from fedml_plugin_fedmosaic.engine.losses import LOSSES, supervised, supervised_
 from fedml_plugin_fedmosaic.engine.processor import Batch, Processor
 from fedml_plugin_fedmosaic.engine.sets import AdapterSets
 from fedml_plugin_fedmosaic.engine.tally import Tally
+from fedml_plugin_fedmosaic.engine.translator import Translator
 from fedml_plugin_fedmosaic.equations.distillation import divergence
 
 _BOTH = (View.LOCAL, View.GLOBAL)
@@ -62,6 +63,7 @@ class ObjectiveStep:
         adapter: in the model.
         sets: of the client, on the device.
         tensors: received logits by ``<prefix>/<sample key>``.
+        translator: for received logits in other vocabularies.
         processor: of the model.
         batch_size: samples per micro-batch.
         tally: takes costs and the tasks' losses.
@@ -76,6 +78,7 @@ class ObjectiveStep:
         adapter: InjectedAdapter,
         sets: AdapterSets,
         tensors: Mapping[str, Tensor],
+        translator: Translator,
         processor: Processor,
         batch_size: int,
         tally: Tally,
@@ -84,6 +87,7 @@ class ObjectiveStep:
         self._adapter = adapter
         self._sets = sets
         self._tensors = tensors
+        self._translator = translator
         self._processor = processor
         self._batch_size = batch_size
         self._tally = tally
@@ -190,7 +194,7 @@ class ObjectiveStep:
     ) -> SimpleNamespace:
         """Logits, and the positions where they are known (None: everywhere)."""
         if term.targets:
-            return self._received(term.targets, samples, supervised(inputs, positions))
+            return self._received(term, samples, supervised(inputs, positions))
         if not term.teachers:
             raise AdapterError(
                 f"pass {self._pass.name!r}: a distillation term has neither teachers nor targets"
@@ -224,9 +228,20 @@ class ObjectiveStep:
             self._tally.passes(inputs, forwards=num_models(teacher.view))
         return seen[key]
 
-    def _received(self, prefix: str, samples: Sequence[Sample], mask: Tensor) -> SimpleNamespace:
+    def _answer(self, term: Distillation, sample: Sample) -> Tensor | None:
+        """Received logits of a sample in the model's own vocabulary."""
+        value = self._tensors.get(f"{term.targets}/{sample.key}")
+        vocabulary = term.vocabularies.get(sample.key)
+        if value is None or vocabulary is None:
+            return value
+        return self._translator(value, vocabulary, sample, term.top_k)
+
+    def _received(
+        self, term: Distillation, samples: Sequence[Sample], mask: Tensor
+    ) -> SimpleNamespace:
         """Received logits in the places of the batch's supervised positions."""
-        found = [self._tensors.get(f"{prefix}/{sample.key}") for sample in samples]
+        prefix = term.targets
+        found = [self._answer(term, sample) for sample in samples]
         width = next((int(value.shape[1]) for value in found if value is not None), None)
         if width is None:
             raise AdapterError(
@@ -246,6 +261,10 @@ class ObjectiveStep:
                 )
             logits[row, mask[row]] = value.to(logits)
             known[row] = mask[row]
+            if samples[row].key in term.vocabularies:
+                silent = logits[row].isneginf().all(1)
+                logits[row, silent] = 0.0
+                known[row] &= ~silent
         return SimpleNamespace(logits=logits, mask=known)
 
     def _pull(self, term: Proximal) -> Tensor:

@@ -261,6 +261,15 @@ class Processor:
                 _remember(self._choices, (sample.prompt, choice), ids)
         return tuple(self._choices[sample.prompt, choice] for choice in choices)
 
+    def answer_ids(self, sample: Sample) -> tuple[int, ...]:
+        """The supervised tokens of a conversation, in order.
+
+        Raises:
+            DataError: the sample cannot be encoded, or nothing in it is supervised.
+        """
+        labels = self._conversation(sample).labels
+        return tuple(labels[labels != IGNORE].tolist())
+
     def prompt_length(self, sample: Sample) -> int:
         """Tokens of a sample's prompt."""
         return int(self._prompt(sample).ids.shape[0])

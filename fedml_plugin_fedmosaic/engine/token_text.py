@@ -32,18 +32,20 @@ class TokenTexts:
 
     Args:
         tokenizer: Hugging Face tokenizer; whether it is byte-level is read from its vocabulary.
+        spaces: whether texts keep their spaces, however the tokenizer writes them.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, spaces: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._blank = " " if spaces else ""
         vocabulary = tokenizer.get_vocab()
         self._byte_level = any(token.startswith(_BYTE_SPACE) for token in vocabulary)
         self._known: dict[int, str] = {}
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
-        """One text per token: each character stands for one byte (Latin-1); spaces are left out.
+        """One text per token: each character stands for one byte (Latin-1).
 
-        Tokens that hold nothing but spaces have an empty text.
+        Without ``spaces``, tokens that hold nothing but spaces have an empty text.
         """
         missing = [token for token in dict.fromkeys(ids) if token not in self._known]
         if missing:
@@ -58,8 +60,8 @@ class TokenTexts:
             letters = _bytes_of_letters()
             if all(letter in letters for letter in token):
                 content = bytes(letters[letter] for letter in token)
-                return content.decode("latin-1").replace(" ", "")
+                return content.decode("latin-1").replace(" ", self._blank)
         elif byte := _BYTE.fullmatch(token):
-            return chr(int(byte.group(1), 16)).replace(" ", "")
+            return chr(int(byte.group(1), 16)).replace(" ", self._blank)
         text = token.replace(_SENTENCE_SPACE, " ")
-        return text.encode("utf-8", "surrogatepass").decode("latin-1").replace(" ", "")
+        return text.encode("utf-8", "surrogatepass").decode("latin-1").replace(" ", self._blank)

@@ -45,6 +45,7 @@ from fedml_plugin_fedmosaic.engine.stepping import (
     rate_factor,
 )
 from fedml_plugin_fedmosaic.engine.tally import Tally, means
+from fedml_plugin_fedmosaic.engine.translator import Translator
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class TorchEngine(LookingEngine):
     Attributes:
         info: the base model.
         adapter: handle on the injected adapter.
+        translator: for logits that were received in other vocabularies.
 
     Raises:
         AdapterError: the bundle is in use, or the adapter does not fit the model.
@@ -113,6 +115,7 @@ class TorchEngine(LookingEngine):
         self._tally = Tally(0, ())
         self._sets = AdapterSets(self.adapter.parameters(), {})
         self._tensors: Mapping[str, Tensor] = {}
+        self.translator = Translator(bundle.processor, bundle.vocabulary_size)
 
     def initial_adapter(self) -> AdapterState:
         """Freshly initialised adapter tensors (copies); the same for every client."""
@@ -343,6 +346,7 @@ class TorchEngine(LookingEngine):
             self.adapter,
             self._sets,
             self._tensors,
+            self.translator,
             self._bundle.processor,
             self._optim.batch_size,
             self._tally,

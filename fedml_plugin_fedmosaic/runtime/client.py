@@ -38,6 +38,7 @@ from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.sketch import SketchEngine
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
 from fedml_plugin_fedmosaic.equations.gradient import smooth
+from fedml_plugin_fedmosaic.equations.translation import Wording
 from fedml_plugin_fedmosaic.runtime.alignment import load_alignment, wants_alignment
 from fedml_plugin_fedmosaic.runtime.alignment_files import Alignment
 from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
@@ -241,6 +242,10 @@ class ClientRunner:
             for sample in self._public
             if all(f"{prefix}/{sample.key}" in self.state.tensors for prefix in prefixes)
         ]
+
+    def wording(self) -> Wording:
+        """What others need to understand this client's logits on the public samples."""
+        return self.engine.translator.wording(self._public)
 
     def look(self, probe: Probe, round_idx: int) -> ProbeResult:
         """Carries out a probe."""

@@ -47,6 +47,7 @@ from fedml_plugin_fedmosaic.runtime.setup import (
     together,
 )
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
+from fedml_plugin_fedmosaic.runtime.wordings import share_wordings
 from fedml_plugin_fedmosaic.strategies.base import SERVER, TRAIN, ServerState
 
 
@@ -179,6 +180,7 @@ class StrategyRun:
         owned = self.comm.owned([client.client_id for client in self.data.clients])
         mine = build_clients(self.experiment, self.data, self.pool, self.strategy, owned)
         manifests = share_manifests(self.comm, [client.manifest for client in mine.values()])
+        share_wordings(self.comm, self.strategy, manifests, mine)
         standing = self.keeper.take_up(mine) or Standing(
             server=self.strategy.init(manifests, self.seed)
         )

@@ -113,6 +113,8 @@ class Strategy(Protocol):
         needs_sketch: whether headers must carry a sketch of the proxy's gradients.
         needs_held_out: whether clients keep samples away from training.
         needs_public: whether the run needs public samples.
+        translates: whether logits on public samples reach clients of other vocabularies, whose
+            engines then have to know the words.
         cost: what a local step costs; the runtime derives the steps of a round from it.
         stages: stages of a round, in order; the first one is ``train``.
         final_stages: stages after the last round, for all clients.
@@ -136,6 +138,11 @@ class Strategy(Protocol):
     @property
     def needs_held_out(self) -> bool:
         """Whether clients keep samples away from training, with the strategy's options."""
+        ...
+
+    @property
+    def translates(self) -> bool:
+        """Whether logits cross vocabularies, with the strategy's options."""
         ...
 
     @property
@@ -267,6 +274,11 @@ class StrategyBase:
 
     @property
     def needs_held_out(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def translates(self) -> bool:
         """False."""
         return False
 
