@@ -213,7 +213,10 @@ class IFCA(Clustered):
             if not members:
                 continue
             points = {client: after["vectors"][str(client)] for client in members}
-            centres, belongs = self._place(after["centres"].get(digest), points, after["clusters"])
+            wanted = min(self.options.clusters, len(receivers))
+            centres, belongs = self._place(
+                after["centres"].get(digest), points, after["clusters"], wanted
+            )
             after["centres"][digest] = centres
             after["clusters"].update({str(c): cluster for c, cluster in belongs.items()})
             for cluster in sorted(set(belongs.values())):
@@ -245,16 +248,17 @@ class IFCA(Clustered):
         centres: torch.Tensor | None,
         points: Mapping[int, torch.Tensor],
         clusters: Mapping[str, int],
+        wanted: int,
     ) -> tuple[torch.Tensor, dict[int, int]]:
         """Centres of the first clustering, and the cluster of every client that has uploaded.
 
         Clients that have chosen are where they chose; others go to the nearest centre. As long as
-        there are fewer models than clusters, all of them are placed anew.
+        there are fewer models than ``wanted``, all clients are placed anew.
         """
         stacked = torch.stack(list(points.values()))
         ones = torch.ones(len(stacked))
-        if centres is None or len(centres) < self.options.clusters:
-            start = farthest_first(stacked, self.options.clusters)
+        if centres is None or len(centres) < wanted:
+            start = farthest_first(stacked, wanted)
             belongs, made = alternate(stacked, start, ones, _START_ITERATIONS)
             return made, dict(zip(points, belongs.tolist(), strict=True))
         belongs, _ = alternate(stacked, centres, ones, 1)

@@ -223,3 +223,14 @@ def test_names_of_groups_are_unique_over_layouts() -> None:
     names = group_names(layouts, {str(i): 0 for i in range(28)})
     assert (names[0], names[25], names[26], names[27]) == ("A1", "Z1", "AA1", "AB1")
     assert len(set(names.values())) == 28
+
+
+def test_ifca_clients_choose_also_where_there_are_fewer_clients_than_clusters() -> None:
+    strategy = IFCA(IFCAOptions(projection=1, clusters=3))
+    state = strategy.init([toy_manifest(i, "S", "lora") for i in range(2)], 0)
+    state, plan = strategy.plan(state, [_header(0, [0.0]), _header(1, [9.0])])
+    assert sorted(plan.rows) == ["model0", "model1"]
+    mine = state["clusters"]["1"]
+    state, plan = strategy.plan(state, [_header(0, [0.0], cluster=mine)])
+    assert sorted(plan.rows) == [f"model{mine}"]
+    assert _rows(plan, f"model{mine}")[0] == {0: 0.5, 1: 0.5}
