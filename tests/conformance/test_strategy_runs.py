@@ -33,8 +33,8 @@ SETTINGS = (
     "evaluation.others=false",
     "evaluation.max_new_tokens=1",
 )
-SHORT = ("local", "ditto", "fedmkt", "tap", MAIN)
-"""Each way of working once: a pass, two objectives, stages, probes, routes, final stages."""
+SHORT = ("local", "ditto", "ifca", "fedmkt", "tap", MAIN)
+"""Each way of working once: a pass, two objectives, slots, stages, probes, routes, final stages."""
 
 
 def settings_of(names: tuple[str, ...]) -> list[str]:
