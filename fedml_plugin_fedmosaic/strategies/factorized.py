@@ -8,9 +8,15 @@ labels or tasks and says who is alike. With v_i = the V of the last decoder laye
     K_i  = {j : s_ij >= tau}, and the n_min most similar ones anyway; i itself is among them
     F_i <- sum over j in K_i of a_ij F_j      a_ij = exp(a s_ij) / sum over k in K_i of exp(a s_ik)
 
+A client that has not trained yet receives the plain mean of F over those that have.
+
 Source: Factorized-FL (Jeong and Hwang, NeurIPS 2022, arXiv 2202.00270): every kernel is u v^T plus
 a sparse residual, u travels, the cosine of v chooses the peers. With ``share: A`` this is
-FedSA-LoRA (arXiv 2410.01463) with chosen peers.
+FedSA-LoRA (arXiv 2410.01463) with chosen peers. The defaults tau = 0 and a = 1 are the released
+code's for clients with different labels; its tau = 0.95 and a = 20 for different domains are for
+factors that all clients start from together. LoRA's B starts at 0, so that cosines between clients
+stay small (about 0.2 between clients with one kind of task in the quickstart): with such a tau
+nobody has a peer, and this is local training.
 Differences to it: the factors are LoRA's, of rank r instead of 1, on top of a frozen base that
 takes the place of the residual M; cosines are taken of random projections (``projection`` numbers,
 error about one over the root of that) of the compared factor of the last layer, over all its
@@ -52,6 +58,7 @@ from fedml_plugin_fedmosaic.strategies.common import (
     ClientMatrix,
     by_target,
     check_participants,
+    mean_row,
     members_by_layout,
     receive,
     shared_tensors,
@@ -77,11 +84,11 @@ class FactorizedOptions:
     """The factor that is averaged; ``both``: whole adapters, still among chosen peers only."""
     compare: Literal["A", "B"] = "B"
     """The factor whose cosine chooses the peers."""
-    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Smallest cosine of a peer (tau)."""
     least_peers: Annotated[int, Field(ge=1)] = 1
     """Peers that a client has at least, itself included (n_min)."""
-    sharpness: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    sharpness: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """How much more a similar peer counts (a); 0: all peers alike."""
     projection: Annotated[int, Field(ge=1)] = 512
     """Numbers of the random projection of the compared factor."""
@@ -153,7 +160,7 @@ class Factorized(StrategyBase):
         headers: Sequence[UpdateHeader],
         relevance: Relevance | None = None,  # noqa: ARG002 - the contract's signature
     ) -> tuple[ServerState, MixingPlan]:
-        """One row per client that ever took part.
+        """One row per client of every layout in which somebody has trained.
 
         Raises:
             PlanError: a header of an unknown client, two of one client, or without a projection.
@@ -165,8 +172,11 @@ class Factorized(StrategyBase):
         everyone = [int(client) for client in state["layouts"]]
         similarity = ClientMatrix(everyone)
         rows: list[MixRow] = []
-        known = [int(client) for client in after["factors"]]
-        for members in members_by_layout(state["layouts"], known).values():
+        for receivers in members_by_layout(state["layouts"], everyone).values():
+            members = [client for client in receivers if str(client) in after["factors"]]
+            if not members:
+                continue
+            rows += [mean_row(client, members) for client in receivers if client not in members]
             cosines = self._cosines(after["factors"], members)
             similarity.put(members, members, cosines)
             for place, values in enumerate(cosines.tolist()):

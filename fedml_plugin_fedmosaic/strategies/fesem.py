@@ -17,7 +17,8 @@ instead of the adapters, because those stay with their ranks and only the chosen
 M alternate several times per round, not once; the centres start far apart (farthest-first
 traversal) instead of at random; clients that sit a round out stay in their cluster with their last
 upload.
-Across signatures: clusters are formed inside each layout; nothing is shared across layouts. A
+Across signatures: clusters are formed inside each layout; nothing is shared across layouts. Where a
+layout has no more than J clients, each of them is a cluster of its own, which is local training. A
 client that has never trained has no cluster yet and starts from its own adapter.
 """
 

@@ -18,7 +18,8 @@ survives rounds in which its clients sit out; a model that was nobody's last cho
 more, and clients go on comparing the copy that they have.
 Cost: J forward passes over ``probe_samples`` samples per round, counted as a share of the 400
 samples of plain local training; J downloads instead of one.
-Across signatures: choosing is per layout; nothing is shared across layouts.
+Across signatures: choosing is per layout; nothing is shared across layouts. Where a layout has no
+more than J clients, each of them begins with a model of its own.
 """
 
 from __future__ import annotations

@@ -203,6 +203,30 @@ def test_new_adapters_have_no_peers_but_themselves() -> None:
     assert _rows(plan, "conv") == {i: {i: 1.0} for i in range(3)}
 
 
+def test_factors_as_alike_as_those_of_lora_have_peers_by_default() -> None:
+    """B starts at 0: cosines of related clients are about 0.2, of others about 0."""
+    strategy, state = _factorized()
+    angles = [0.0, 1.37, -1.6]  # radians; cosines with the first one 0.2 and -0.03
+    headers = [_header(i, factor=[math.cos(a), math.sin(a)]) for i, a in enumerate(angles)]
+    _, plan = strategy.plan(state, headers)
+    own, other = math.exp(1.0), math.exp(math.cos(1.37))
+    assert _rows(plan, "conv")[0] == pytest.approx(
+        {0: own / (own + other), 1: other / (own + other)}
+    )
+    assert _rows(plan, "conv")[2] == {2: 1.0}
+
+
+def test_a_client_that_joins_late_starts_from_the_mean_of_the_shared_factor() -> None:
+    strategy, state = _factorized()
+    state, plan = strategy.plan(
+        state, [_header(0, factor=[1.0, 0.0]), _header(2, factor=[-1.0, 0.0])]
+    )
+    assert _rows(plan, "conv")[1] == {0: 0.5, 2: 0.5}
+    assert _rows(plan, "conv")[0] == {0: 1.0}
+    _, plan = strategy.plan(state, [_header(1, factor=[0.9, 0.1])])
+    assert 2 not in _rows(plan, "conv")[1]
+
+
 def test_only_the_shared_factor_travels_and_is_replaced() -> None:
     strategy, _ = _factorized(share="A", compare="B")
     half, context, adapter = strategy.client, _context(), toy_adapter("S", "lora")
