@@ -169,7 +169,8 @@ class UpdateHeader:
     Attributes:
         client_id: who.
         round_idx: 0-based round of the training that made the update.
-        num_examples: samples used in that training.
+        num_examples: different samples used in that training; what clients are weighted by, if a
+            strategy weights them by their data.
         sketch: sanitised proxy gradient, float32 ``(rows, columns)``, or None.
         notes: small JSON values of the strategy; every rank sees them. A mapping ``report`` among
             them goes into the run's metrics.

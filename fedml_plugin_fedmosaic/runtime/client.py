@@ -333,7 +333,7 @@ class ClientRunner:
         header = UpdateHeader(
             client_id=self.manifest.client_id,
             round_idx=round_idx,
-            num_examples=result.num_examples,
+            num_examples=self._num_examples() if stage == TRAIN else result.num_examples,
             sketch=self.state.sketch if self._strategy.needs_sketch and stage == TRAIN else None,
         )
         update, state = self._strategy.client.finish(
@@ -345,6 +345,10 @@ class ClientRunner:
             extra={**state.extra, "arrivals": self._arrivals.state()},
         )
         return update
+
+    def _num_examples(self) -> int:
+        """Different samples of the round: steps times batch size is the same for all clients."""
+        return len({sample.key for batch in self._batches for sample in batch})
 
     def serve(self, view: str, task: str) -> Served:
         """The model that answers a task in a view."""
