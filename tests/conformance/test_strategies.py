@@ -198,6 +198,18 @@ def test_plans_are_well_formed(strategy: Any, per_round: int) -> None:
                 assert len(layouts) == 1
 
 
+def test_by_default_clients_learn_from_others(strategy: Any) -> None:
+    """Defaults under which everybody mixes only itself would be local training in disguise."""
+    toy = ToyFederation(strategy, ("S",) * 5).play(2)
+    taken = {
+        source != row.target
+        for rows in toy.plan.rows.values()
+        for row in rows
+        for source in row.sources
+    }
+    assert (True in taken) == (strategy.name != "local")
+
+
 def layouts_in(uploads: Mapping[int, Any], channel: str, row: MixRow) -> set[str]:
     """Layouts of what a row's clients have sent in a channel."""
     return {
