@@ -9,16 +9,26 @@ minimise, on the supervised tokens and with T = 2::
 zbar takes in the last logits of every client that ever took part, whatever its architecture. The
 trained average is what the clients of the layout start from. Evaluated: the local model.
 
+Clients whose tokenizer has the vocabulary v are averaged as above, and the average learns from all
+these means::
+
+    sum over v of n_v / n KL(softmax(tau(zbar_v) / T) || softmax(z / T))
+
+n_v of the n clients have vocabulary v; tau puts the mean's most probable tokens into the student's
+words ("Choose a strategy" says how). Up to a constant that is the divergence from the mean of these
+distributions.
+
 Source: ensemble distillation, Lin et al. 2020 (FedDF, arXiv 2006.07242), as the baseline
 "FedDistill" of FedMosaic (arXiv 2506.11024), which leaves the factor T^2 out.
 Differences to the released code: public samples come from ``data.public`` (a reserved share of the
-clients' tasks by default); every architecture whose clients took part is distilled; logits of
-clients with another vocabulary are left out (there, 128 probabilities of aligned tokens are mixed
-with other teachers' logits).
+clients' tasks by default); every architecture whose clients took part is distilled; between
+vocabularies distributions are averaged (there, 128 probabilities of aligned tokens are mixed with
+other teachers' logits).
 
-Clients of different architectures: adapters are averaged inside each signature, logits inside each
-vocabulary. Compute: the table of FedMosaic has no row for FedDistill; what server and clients do
-with public samples is counted as 1.75 forward passes per public sample and client.
+Clients of different architectures: adapters are averaged inside each signature; logits teach
+everyone, translated between vocabularies (``vocabularies: own`` keeps them inside). Compute: the
+table of FedMosaic has no row for FedDistill; what server and clients do with public samples is
+counted as 1.75 forward passes per public sample and client.
 """
 
 from __future__ import annotations
@@ -29,6 +39,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.cost import Cost
 from fedml_plugin_fedmosaic.core.types import (
@@ -45,6 +56,7 @@ from fedml_plugin_fedmosaic.core.types import (
     SharedTensors,
     UpdateHeader,
     View,
+    channel_of,
 )
 from fedml_plugin_fedmosaic.core.work import (
     Distillation,
@@ -60,6 +72,8 @@ from fedml_plugin_fedmosaic.strategies.fedavg import FedAvg, FedAvgClient, FedAv
 from fedml_plugin_fedmosaic.strategies.teaching import (
     MODEL,
     OWN,
+    TranslationOptions,
+    foreign_vocabulary,
     host_rows,
     logit_channel,
     mean_row,
@@ -68,16 +82,19 @@ from fedml_plugin_fedmosaic.strategies.teaching import (
     public_probe,
     public_state,
     seen,
+    spoken_in,
     tensors_of,
     unnamed,
+    voices,
     with_tensors,
 )
 
 TEACHER = "teacher"
+_VOICES = "voices-"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FedDistillOptions(FedAvgOptions):
+class FedDistillOptions(FedAvgOptions, TranslationOptions):
     """Options of FedDistill."""
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
@@ -94,6 +111,7 @@ class TaughtClient(FedAvgClient):
         epochs: of the server's distillation.
         branch: which branch is shared.
         view: the view of the shared model.
+        top_tokens: per position of logits in another vocabulary.
     """
 
     def __init__(
@@ -102,9 +120,12 @@ class TaughtClient(FedAvgClient):
         epochs: int,
         branch: Branch = Branch.LOCAL,
         view: View = View.LOCAL,
+        *,
+        top_tokens: int,
     ) -> None:
         self._temperature = temperature
         self._epochs = epochs
+        self._top_tokens = top_tokens
         self._branch = branch
         self._view = view
 
@@ -132,9 +153,33 @@ class TaughtClient(FedAvgClient):
         self, downlink: SharedTensors, state: ClientState, context: ClientContext
     ) -> tuple[ClientState, tuple[Work, ...]]:
         """The server's work, when the average is the set ``server``."""
-        teacher = unnamed(downlink, logit_channel(context.manifest.vocabulary))
-        term = Distillation(weight=1.0, temperature=self._temperature, targets=TEACHER)
-        return with_tensors(state, TEACHER, teacher), (self.server_pass(MODEL, (term,), context),)
+        own = logit_channel(context.manifest.vocabulary)
+        slots = sorted({channel_of(k) for k in downlink if k.startswith((f"{own}/", _VOICES))})
+        terms = [
+            replace(self.taught(slot, downlink, context), weight=_weight(slot)) for slot in slots
+        ]
+        state = with_tensors(state, TEACHER, self.answers(slots, downlink))
+        return state, (self.server_pass(MODEL, tuple(terms), context),) if terms else ()
+
+    def taught(self, slot: str, downlink: SharedTensors, context: ClientContext) -> Distillation:
+        """What the server's model learns from the logits of a slot, with weight 1."""
+        vocabulary = foreign_vocabulary(slot, context.manifest.vocabulary)
+        return Distillation(
+            weight=1.0,
+            temperature=self._temperature,
+            targets=f"{TEACHER}/{slot}",
+            vocabularies=dict.fromkeys(unnamed(downlink, slot), vocabulary) if vocabulary else {},
+            top_k=self._top_tokens,
+        )
+
+    @staticmethod
+    def answers(slots: Sequence[str], downlink: SharedTensors) -> dict[str, Tensor]:
+        """The logits of some slots by ``<slot>/<sample key>``."""
+        return {
+            f"{slot}/{key}": value
+            for slot in slots
+            for key, value in unnamed(downlink, slot).items()
+        }
 
     def server_pass(
         self, into: str, terms: tuple[Distillation, ...], context: ClientContext
@@ -202,7 +247,15 @@ class FedDistill(FedAvg):
 
     def __init__(self, options: FedDistillOptions) -> None:
         self.options = options
-        self._client = TaughtClient(options.temperature, options.epochs)
+        self._translation: TranslationOptions = options
+        self._client = TaughtClient(
+            options.temperature, options.epochs, top_tokens=options.top_tokens
+        )
+
+    @property
+    def translates(self) -> bool:
+        """As the option ``vocabularies`` says."""
+        return self._translation.translates
 
     @property
     def cost(self) -> Cost:
@@ -255,10 +308,19 @@ class FedDistill(FedAvg):
 
     def teachers(self, state: Mapping[str, Any], host: int) -> list[tuple[str, str, Sequence[int]]]:
         """Slots that a host receives: name, channel, and whose logits are averaged."""
-        vocabulary = state["vocabularies"][str(host)]
-        sources = [k for k in state["taught"] if state["vocabularies"][str(k)] == vocabulary]
-        channel = logit_channel(vocabulary)
-        return [(channel, channel, sources)] if sources else []
+        own = state["vocabularies"][str(host)]
+        found = voices(state, state["taught"], host, self._translation)
+        if set(found) == {own}:
+            return [(logit_channel(own), logit_channel(own), found[own])]
+        total = sum(map(len, found.values()))
+        return [
+            (
+                spoken_in(f"{_VOICES}{len(clients)}-of-{total}", vocabulary),
+                logit_channel(vocabulary),
+                clients,
+            )
+            for vocabulary, clients in found.items()
+        ]
 
     def select_stage(
         self,
@@ -280,6 +342,14 @@ class FedDistill(FedAvg):
         if not rows:
             return state, MixingPlan()
         return state, MixingPlan(rows={CHANNEL_CONV: rows}, slots={CHANNEL_CONV: MODEL})
+
+
+def _weight(slot: str) -> float:
+    """Share of the clients that a slot's mean is of."""
+    if not slot.startswith(_VOICES):
+        return 1.0
+    count, _, total = slot.partition("@")[0].removeprefix(_VOICES).partition("-of-")
+    return int(count) / int(total)
 
 
 def _to(rows: Sequence[MixRow], targets: set[int]) -> tuple[MixRow, ...]:

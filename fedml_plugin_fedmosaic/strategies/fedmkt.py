@@ -4,24 +4,28 @@ The server keeps one adapter per layout of tensors, its *server model*. With l_k
 client k on public sample x and z_k(x) its logits on the supervised tokens, a round is:
 
 1. every client trains on its own data and sends z_k and l_k;
-2. each server model m takes, per sample, the client b with the smallest loss that shares its
-   vocabulary, and trains for an epoch on the samples on which b is better than itself::
+2. each server model m takes, per sample, the client b with the smallest loss, and trains for an
+   epoch on the samples on which b is better than itself::
 
-       sum over x with l_b(x) < l_m(x) of  CE(z_m(x), softmax(z_b(x)))
+       sum over x with l_b(x) < l_m(x) of  CE(z_m(x), softmax(tau(z_b(x))))
 
 3. it sends its own new logits and losses to the clients of its layout, and each client trains for
    an epoch on the samples on which the server model is better, with the same loss.
 
-Evaluated: the local model.
+tau is the token alignment: where the teacher has another vocabulary than the student, its most
+probable tokens are put into the student's words ("Choose a strategy" says how). Then losses are
+compared as sums over the tokens of the answer, because tokenizers cut an answer into more or fewer
+tokens; inside a vocabulary means and sums have the same order. Evaluated: the local model.
 
 Source: Fan et al. 2024 (arXiv 2406.02224), as the baseline "FedMKT" of FedMosaic
 (arXiv 2506.11024). Differences to the released code: what a client learned from the server is not
-undone by the optimizer's old weights in its next round; logits of clients with another vocabulary
-are left out (there, 128 probabilities of aligned tokens take their place).
+undone by the optimizer's old weights in its next round; probabilities of tokens that become one are
+added (there, the larger one is kept); the means of losses are not compared across vocabularies.
 
-Clients of different architectures: no adapter is exchanged; they teach each other inside a
-vocabulary. Compute: clients and server together count 6 forward passes per public sample and
-client, which makes the 60 steps of the published table.
+Clients of different architectures: no adapter is exchanged; they teach each other through the
+server models, translated between vocabularies (``vocabularies: own`` keeps them inside). Compute:
+clients and server together count 6 forward passes per public sample and client, which makes the 60
+steps of the published table.
 """
 
 from __future__ import annotations
@@ -73,15 +77,23 @@ from fedml_plugin_fedmosaic.strategies.common import (
     layouts_by_client,
 )
 from fedml_plugin_fedmosaic.strategies.teaching import (
+    LOGITS,
+    LOSS,
     MODEL,
     OWN,
+    TranslationOptions,
+    answers_in,
+    foreign_vocabulary,
     host_rows,
+    named,
     own_logits,
     public_probe,
     public_state,
     sample_losses,
     seen,
+    spoken_in,
     tensors_of,
+    voices,
     with_tensors,
 )
 
@@ -90,26 +102,25 @@ TRANSFER = "transfer"
 
 TEACHER = "teacher"
 _SAMPLE = "sample"
-_LOGITS = "logits"
-_LOSS = "loss"
 _LOSSES = "public losses"
+_TOKENS = "public tokens"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FedMKTOptions:
+class FedMKTOptions(TranslationOptions):
     """Options of FedMKT."""
 
     epochs: Annotated[int, Field(ge=1)] = 1
     """Epochs over the chosen public samples, of servers and clients."""
 
 
-def sample_channel(index: int) -> str:
+def sample_channel(index: int, vocabulary: str) -> str:
     """The channel of one public sample, so that each has its own teacher."""
-    return f"{_SAMPLE}{index}"
+    return spoken_in(f"{_SAMPLE}{index}", vocabulary)
 
 
 def _check_channels(downlink: SharedTensors, client_id: int) -> None:
-    known = (f"{MODEL}/", _SAMPLE)
+    known = (spoken_in(MODEL, ""), _SAMPLE)
     unknown = sorted(name for name in downlink if not name.startswith(known))
     if unknown:
         raise PlanError(
@@ -121,7 +132,7 @@ def _answers(result: ProbeResult) -> dict[str, dict[str, Tensor]]:
     """Sample key -> logits (tokens, vocabulary) and loss (1,)."""
     losses = sample_losses(result)
     return {
-        key: {_LOGITS: logits, _LOSS: torch.tensor([losses[key]])}
+        key: {LOGITS: logits, LOSS: torch.tensor([losses[key]])}
         for key, logits in own_logits(result).items()
     }
 
@@ -158,26 +169,36 @@ class FedMKTClient(ClientBase):
             work = Pass(name="local", view=View.LOCAL, train=train, num_steps=context.num_steps)
             return state, (work,)
         wanted = MODEL if context.stage == TRANSFER else _SAMPLE
-        received = {
-            name.partition("/")[2]: value
-            for name, value in downlink.items()
-            if name.startswith(wanted)
-        }
+        received = answers_in(downlink, wanted, context.manifest.vocabulary)
         state = with_tensors(state, TEACHER, received)
         if context.stage == SERVER:
             return state, (public_probe(View.LOCAL, (MODEL,)),)
-        return self._learn(state, state.extra.get(_LOSSES, {}), context)
+        extra = state.extra
+        return self._learn(state, extra.get(_LOSSES, {}), extra.get(_TOKENS, {}), context)
 
     def _learn(
-        self, state: ClientState, losses: Mapping[str, float], context: ClientContext
+        self,
+        state: ClientState,
+        losses: Mapping[str, float],
+        tokens: Mapping[str, int],
+        context: ClientContext,
     ) -> tuple[ClientState, tuple[Work, ...]]:
         """Keeps the samples on which the teacher is better; trains if there are any."""
+        better: dict[str, Tensor] = {}
+        vocabularies: dict[str, str] = {}
         received = tensors_of(state, TEACHER)
-        better = {
-            key: received[f"{_LOGITS}/{key}"]
-            for key, own in losses.items()
-            if f"{_LOSS}/{key}" in received and float(received[f"{_LOSS}/{key}"]) < own
-        }
+        for name, logits in received.items():
+            part, _, key = name.partition("/")
+            if part == LOSS or key not in losses:
+                continue
+            own, other = losses[key], float(received[f"{LOSS}/{key}"])
+            vocabulary = foreign_vocabulary(part, "")
+            if vocabulary:
+                own, other = own * tokens[key], other * len(logits)
+            if other < own:
+                better[key] = logits
+                if vocabulary:
+                    vocabularies[key] = vocabulary
         state = with_tensors(state, TEACHER, better)
         if not better:
             return state, ()
@@ -189,7 +210,15 @@ class FedMKTClient(ClientBase):
             train=frozenset({Branch.LOCAL}),
             num_steps=max(1, round(context.public_steps * self._options.epochs * share)),
             task_weight=0.0,
-            distil=(Distillation(weight=1.0, targets=TEACHER, kind="soft_ce"),),
+            distil=(
+                Distillation(
+                    weight=1.0,
+                    targets=TEACHER,
+                    vocabularies=vocabularies,
+                    top_k=self._options.top_tokens,
+                    kind="soft_ce",
+                ),
+            ),
             overlay=(MODEL,) if on_server else (),
             into=MODEL if on_server else "",
             samples=Samples.PUBLIC,
@@ -212,7 +241,8 @@ class FedMKTClient(ClientBase):
         state = self._answer(state, found)
         if not tensors_of(state, TEACHER):
             return state, ()
-        state, work = self._learn(state, sample_losses(found), context)
+        tokens = {key: len(labels) for key, labels in found.labels.items()}
+        state, work = self._learn(state, sample_losses(found), tokens, context)
         # Once is enough: what was received has been used.
         return state if work else with_tensors(state, TEACHER, {}), work
 
@@ -236,20 +266,27 @@ class FedMKTClient(ClientBase):
         answers = tensors_of(state, OWN)
         clean = with_tensors(with_tensors(state, OWN, {}), TEACHER, {})
         if context.stage == TRANSFER:
-            extra = {key: value for key, value in state.extra.items() if key != _LOSSES}
+            known = (_LOSSES, _TOKENS)
+            extra = {key: value for key, value in state.extra.items() if key not in known}
             return ClientUpdate(header=header, tensors={}), replace(clean, extra=extra)
         if context.stage == SERVER:
-            tensors = {f"{MODEL}/{key}": value for key, value in sorted(answers.items())}
-            return ClientUpdate(header=header, tensors=tensors), clean
-        keys = sorted(key.partition("/")[2] for key in answers if key.startswith(f"{_LOSS}/"))
-        losses = {key: float(answers[f"{_LOSS}/{key}"]) for key in keys}
+            channel = spoken_in(MODEL, context.manifest.vocabulary)
+            return ClientUpdate(header=header, tensors=named(channel, answers)), clean
+        vocabulary = context.manifest.vocabulary
+        keys = sorted(key.partition("/")[2] for key in answers if key.startswith(f"{LOSS}/"))
+        losses = {key: float(answers[f"{LOSS}/{key}"]) for key in keys}
         tensors = {
-            f"{sample_channel(index)}/{part}/{key}": answers[f"{part}/{key}"]
+            f"{sample_channel(index, vocabulary)}/{part}/{key}": answers[f"{part}/{key}"]
             for index, key in enumerate(keys)
-            for part in (_LOGITS, _LOSS)
+            for part in (LOGITS, LOSS)
         }
-        header = replace(header, notes={"losses": [losses[key] for key in keys]})
-        extra = {**state.extra, _LOSSES: losses}
+        tokens = {key: len(answers[f"{LOGITS}/{key}"]) for key in keys}
+        notes = {
+            "losses": [losses[key] for key in keys],
+            "tokens": [tokens[key] for key in keys],
+        }
+        header = replace(header, notes=notes)
+        extra = {**state.extra, _LOSSES: losses, _TOKENS: tokens}
         return ClientUpdate(header=header, tensors=tensors), replace(clean, extra=extra)
 
 
@@ -264,6 +301,11 @@ class FedMKT(StrategyBase):
     def __init__(self, options: FedMKTOptions) -> None:
         self.options = options
         self._client = FedMKTClient(options)
+
+    @property
+    def translates(self) -> bool:
+        """As the option ``vocabularies`` says."""
+        return self.options.translates
 
     @property
     def cost(self) -> Cost:
@@ -282,7 +324,8 @@ class FedMKT(StrategyBase):
             PlanError: no client, an id twice, or a client without a vocabulary.
         """
         layouts = layouts_by_client(manifests)
-        return {"seed": seed, "layouts": layouts, **public_state(manifests), "losses": {}}
+        public = public_state(manifests)
+        return {"seed": seed, "layouts": layouts, **public, "losses": {}, "tokens": {}}
 
     def plan(
         self,
@@ -290,24 +333,34 @@ class FedMKT(StrategyBase):
         headers: Sequence[UpdateHeader],
         relevance: Relevance | None = None,  # noqa: ARG002 - the contract's signature
     ) -> tuple[ServerState, MixingPlan]:
-        """Per public sample, the best client's answer goes to every host of its vocabulary.
+        """Per public sample, the best client's answer goes to every host.
 
         Raises:
             PlanError: a header of an unknown client, or two of one client.
         """
         check_participants(state["layouts"], [header.client_id for header in headers])
-        new = {str(header.client_id): list(header.notes.get("losses", ())) for header in headers}
-        losses: dict[str, list[float]] = {**state["losses"], **new}
+        after = {**state, **{part: _noted(state, headers, part) for part in ("losses", "tokens")}}
         rows: dict[str, list[MixRow]] = {}
         for host in sorted(set(state["hosts"].values())):
-            vocabulary = state["vocabularies"][str(host)]
-            known = [k for k in sorted(losses, key=int) if state["vocabularies"][k] == vocabulary]
-            for index in range(max((len(losses[k]) for k in known), default=0)):
-                _, best = min((_loss(losses[k], index), int(k)) for k in known)
+            for index, best in enumerate(self._best(after, host)):
+                channel = sample_channel(index, state["vocabularies"][str(best)])
                 row = MixRow(target=host, sources=(best,), weights=(1.0,))
-                rows.setdefault(sample_channel(index), []).append(row)
-        made = {slot: tuple(found) for slot, found in rows.items()}
-        return {**state, "losses": losses}, MixingPlan(rows=made, internal=frozenset(made))
+                rows.setdefault(channel, []).append(row)
+        made = {channel: tuple(found) for channel, found in rows.items()}
+        return after, MixingPlan(rows=made, internal=frozenset(made))
+
+    def _best(self, state: Mapping[str, Any], host: int) -> list[int]:
+        """Per public sample the client with the smallest loss; of several the smallest id."""
+        losses: Mapping[str, Sequence[float]] = state["losses"]
+        found = voices(state, sorted(map(int, losses)), host, self.options)
+        known = sorted(client for clients in found.values() for client in clients)
+        count = max((len(losses[str(client)]) for client in known), default=0)
+        # Sums over the answer's tokens say the same in every vocabulary; means do not.
+        tokens: Mapping[str, Sequence[int]] = state["tokens"] if len(found) > 1 else {}
+        return [
+            min((_loss(losses[str(k)], tokens.get(str(k), ()), index), k) for k in known)[1]
+            for index in range(count)
+        ]
 
     def select_stage(
         self, state: ServerState, stage: str, round_idx: int, cohort: Sequence[int]
@@ -323,9 +376,24 @@ class FedMKT(StrategyBase):
         """The server models' answers go to the clients of their layout."""
         if stage != SERVER:
             return state, MixingPlan()
-        rows = host_rows(state, [header.client_id for header in headers])
-        return state, MixingPlan(rows={MODEL: rows} if rows else {})
+        vocabularies: Mapping[str, str] = state["vocabularies"]
+        rows: dict[str, list[MixRow]] = {}
+        for row in host_rows(state, [header.client_id for header in headers]):
+            source, target = vocabularies[str(row.sources[0])], vocabularies[str(row.target)]
+            if source == target or self.translates:
+                rows.setdefault(spoken_in(MODEL, source), []).append(row)
+        return state, MixingPlan(rows={slot: tuple(found) for slot, found in rows.items()})
 
 
-def _loss(losses: Sequence[float], index: int) -> float:
-    return losses[index] if index < len(losses) else float("inf")
+def _noted(
+    state: Mapping[str, Any], headers: Sequence[UpdateHeader], part: str
+) -> dict[str, list[Any]]:
+    """Client -> a part of its notes, the last one that it sent."""
+    new = {str(header.client_id): list(header.notes.get(part, ())) for header in headers}
+    return {**state[part], **new}
+
+
+def _loss(losses: Sequence[float], tokens: Sequence[int], index: int) -> float:
+    if index >= len(losses):
+        return float("inf")
+    return losses[index] * (tokens[index] if tokens else 1)

@@ -13,8 +13,9 @@ Source: Xie et al. 2024 (arXiv 2302.06637), as the baseline "PerAda" of FedMosai
 of FedDistill. The published table gives PerAda the 50 local steps of Ditto: the server's
 distillation is not counted.
 
-Clients of different architectures: adapters are averaged inside each signature, logits inside each
-vocabulary.
+Clients of different architectures: adapters are averaged inside each signature; logits teach
+everyone, translated between vocabularies as in FedDistill (``vocabularies: own`` keeps them
+inside).
 """
 
 from __future__ import annotations
@@ -58,7 +59,13 @@ class PerAdaClient(TaughtClient):
     """
 
     def __init__(self, options: PerAdaOptions) -> None:
-        super().__init__(options.temperature, options.epochs, Branch.GLOBAL, View.GLOBAL)
+        super().__init__(
+            options.temperature,
+            options.epochs,
+            Branch.GLOBAL,
+            View.GLOBAL,
+            top_tokens=options.top_tokens,
+        )
         self._proximal = options.proximal
         self._two = TwoBranchClient()
 
@@ -82,6 +89,7 @@ class PerAda(FedDistill):
 
     def __init__(self, options: PerAdaOptions) -> None:
         self.options = options
+        self._translation = options
         self._client = PerAdaClient(options)
 
     @property

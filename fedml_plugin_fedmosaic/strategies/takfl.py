@@ -19,14 +19,16 @@ Source: Morafah et al. 2024 (arXiv 2409.18461), as the baseline "TAKFL" of FedMo
 starts from the average (there from where the last teacher ended).
 
 Clients of different architectures: adapters are averaged inside each signature; teachers are all
-signatures with the student's vocabulary. Compute: server and clients together count 3.75 forward
-passes per public sample and client, which is right for 10 clients of 2 to 3 architectures and makes
-the 75 steps of the published table.
+signatures. Where a teacher has another vocabulary than the student, its most probable tokens are
+put into the student's words ("Choose a strategy" says how); with ``vocabularies: own`` it does not
+teach. Compute: server and clients together count 3.75 forward passes per public sample and client,
+which is right for 10 clients of 2 to 3 architectures and makes the 75 steps of the published table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -47,8 +49,10 @@ from fedml_plugin_fedmosaic.strategies.fedavg import FedAvgOptions
 from fedml_plugin_fedmosaic.strategies.feddistill import TEACHER, FedDistill, TaughtClient
 from fedml_plugin_fedmosaic.strategies.teaching import (
     MODEL,
+    TranslationOptions,
     logit_channel,
-    unnamed,
+    spoken_in,
+    voices,
     with_tensors,
 )
 
@@ -56,7 +60,7 @@ _SLOT = "teacher-"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class TAKFLOptions(FedAvgOptions):
+class TAKFLOptions(FedAvgOptions, TranslationOptions):
     """Options of TAKFL."""
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
@@ -77,7 +81,7 @@ class TAKFLClient(TaughtClient):
     """
 
     def __init__(self, options: TAKFLOptions) -> None:
-        super().__init__(options.temperature, options.epochs)
+        super().__init__(options.temperature, options.epochs, top_tokens=options.top_tokens)
         self._options = options
 
     def prepare_server(
@@ -91,20 +95,11 @@ class TAKFLClient(TaughtClient):
             teachers=(ModelRef(overlay=(MODEL,), view=self._view),),
         )
         slots = sorted({channel_of(k) for k in downlink if channel_of(k).startswith(_SLOT)})
-        logits = {
-            f"{slot}/{key}": value
-            for slot in slots
-            for key, value in unnamed(downlink, slot).items()
-        }
         passes = []
         for slot in slots:
-            taught = Distillation(
-                weight=options.temperature**2,
-                temperature=options.temperature,
-                targets=f"{TEACHER}/{slot}",
-            )
+            taught = replace(self.taught(slot, downlink, context), weight=options.temperature**2)
             passes.append(self.server_pass(f"{MODEL}.{slot}", (taught, own), context))
-        return with_tensors(state, TEACHER, logits), tuple(passes)
+        return with_tensors(state, TEACHER, self.answers(slots, downlink)), tuple(passes)
 
     def server_model(self, state: ClientState) -> AdapterState:
         """The average and the mean of the task vectors."""
@@ -139,6 +134,7 @@ class TAKFL(FedDistill):
 
     def __init__(self, options: TAKFLOptions) -> None:
         self.options = options
+        self._translation = options
         self._client = TAKFLClient(options)
 
     @property
@@ -147,13 +143,15 @@ class TAKFL(FedDistill):
         return Cost(public=3.75)
 
     def teachers(self, state: Mapping[str, Any], host: int) -> list[tuple[str, str, Sequence[int]]]:
-        """One slot per layout that shares the host's vocabulary and has sent logits."""
-        vocabularies: Mapping[str, str] = state["vocabularies"]
-        vocabulary = vocabularies[str(host)]
-        sources: dict[str, list[int]] = {}
-        for client in state["taught"]:
-            layout = state["layouts"][str(client)].get(CHANNEL_CONV)
-            if vocabularies[str(client)] == vocabulary and layout is not None:
-                sources.setdefault(layout, []).append(client)
-        channel = logit_channel(vocabulary)
-        return [(f"{_SLOT}{layout}", channel, known) for layout, known in sorted(sources.items())]
+        """One slot per layout that has sent logits, and vocabulary in it."""
+        slots: list[tuple[str, str, Sequence[int]]] = []
+        for vocabulary, clients in voices(state, state["taught"], host, self._translation).items():
+            sources: dict[str, list[int]] = {}
+            for client in clients:
+                layout = state["layouts"][str(client)].get(CHANNEL_CONV)
+                if layout is not None:
+                    sources.setdefault(layout, []).append(client)
+            for layout, known in sources.items():
+                slot = spoken_in(f"{_SLOT}{layout}", vocabulary)
+                slots.append((slot, logit_channel(vocabulary), known))
+        return sorted(slots)

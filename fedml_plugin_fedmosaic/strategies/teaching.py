@@ -6,16 +6,20 @@ mixing plan like any other. For the server's training one client per layout of t
 with the smallest id, lends its base model: it is the *host* of that layout's server model and acts
 in the stage ``server``. What hosts receive and send there is no client's traffic.
 
-Logits of different vocabularies are not compared: models teach each other inside a vocabulary.
+Logits cross vocabularies (:class:`TranslationOptions`): they are averaged inside each, as they are,
+and the model that learns from them translates. What brings logits to models of any vocabulary has
+a name that ends with ``@`` and the logits' own one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.core.errors import PlanError
@@ -31,13 +35,77 @@ from fedml_plugin_fedmosaic.core.work import ModelRef, Probe, ProbeResult, Resul
 
 PROBE = "public"
 OWN = "own"
+LOGITS = "logits"
+LOSS = "loss"
 MODEL = "server"
 """Name of the server model's set, and the channel in which it is sent."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TranslationOptions:
+    """Options of strategies whose clients teach each other by logits."""
+
+    vocabularies: Literal["all", "own"] = "all"
+    """Who teaches: clients of every vocabulary, or only those of the student's own."""
+    top_tokens: Annotated[int, Field(ge=1)] = 128
+    """Most probable tokens per position that are translated into another vocabulary."""
+
+    @property
+    def translates(self) -> bool:
+        """Whether logits cross vocabularies."""
+        return self.vocabularies == "all"
 
 
 def logit_channel(vocabulary: str) -> str:
     """The channel of a vocabulary's logits."""
     return f"logits-{vocabulary}"
+
+
+def spoken_in(name: str, vocabulary: str) -> str:
+    """The name of a channel or slot whose logits are in a vocabulary."""
+    return f"{name}@{vocabulary}"
+
+
+def foreign_vocabulary(slot: str, own: str) -> str:
+    """The vocabulary of a slot's logits; empty if it is the receiver's own."""
+    vocabulary = slot.partition("@")[2]
+    return "" if vocabulary == own else vocabulary
+
+
+def answers_in(downlink: SharedTensors, slots: str, own: str) -> dict[str, Tensor]:
+    """Answers of one client per sample: logits, and the loss beside them.
+
+    Args:
+        downlink: with keys ``<slot>/logits/<sample key>`` and ``<slot>/loss/<sample key>``.
+        slots: how the names of the wanted slots begin.
+        own: the receiver's vocabulary.
+
+    Returns:
+        ``loss/<key>``, and ``logits/<key>`` or, in another vocabulary,
+        ``logits@<vocabulary>/<key>``.
+    """
+    found = {}
+    for name, value in downlink.items():
+        slot, _, rest = name.partition("/")
+        part, _, key = rest.partition("/")
+        if slot.startswith(slots):
+            vocabulary = foreign_vocabulary(slot, own)
+            is_foreign = vocabulary and part == LOGITS
+            found[f"{spoken_in(part, vocabulary)}/{key}" if is_foreign else rest] = value
+    return found
+
+
+def voices(
+    state: Mapping[str, Any], clients: Sequence[int], host: int, options: TranslationOptions
+) -> dict[str, list[int]]:
+    """Vocabulary -> clients, of those whose logits may teach a host; ascending."""
+    vocabularies: Mapping[str, str] = state["vocabularies"]
+    found: dict[str, list[int]] = {}
+    for client in clients:
+        vocabulary = vocabularies[str(client)]
+        if options.translates or vocabulary == vocabularies[str(host)]:
+            found.setdefault(vocabulary, []).append(client)
+    return dict(sorted(found.items()))
 
 
 def public_probe(view: View, overlay: tuple[str, ...] = ()) -> Probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,15 @@ def test_fedmkt_asks_the_best_client_of_the_vocabulary() -> None:
         for c, values in losses.items()
     ]
     after, plan = strategy.plan(state, headers)
-    hosts = {row.target for row in plan.rows[sample_channel(0)]}
+    hosts = {row.target for row in plan.rows[sample_channel(0, "toy words")]}
     assert hosts == {0, 1}
-    assert {row.sources for row in plan.rows[sample_channel(0)]} == {(1,)}
+    assert {row.sources for row in plan.rows[sample_channel(0, "toy words")]} == {(1,)}
     # Equally good: the smaller id.
-    assert {row.sources for row in plan.rows[sample_channel(1)]} == {(0,)}
+    assert {row.sources for row in plan.rows[sample_channel(1, "toy words")]} == {(0,)}
     # Who stays away can still be the best.
     later = [UpdateHeader(client_id=2, round_idx=1, num_examples=1, notes={"losses": [9.0, 9.0]})]
     _, plan = strategy.plan(after, later)
-    assert {row.sources for row in plan.rows[sample_channel(0)]} == {(1,)}
+    assert {row.sources for row in plan.rows[sample_channel(0, "toy words")]} == {(1,)}
     assert strategy.select_stage(after, "server", 1, (2,)) == (0, 1)
     assert strategy.select_stage(after, "transfer", 1, (2,)) == (2,)
 
@@ -198,31 +199,26 @@ def test_fedmkt_learns_only_where_the_teacher_is_better() -> None:
         extra={"public losses": {"t/a": 1.0, "t/b": 1.0}},
     )
     downlink = {
-        "server/logits/t/a": torch.ones(2, 3),
-        "server/loss/t/a": torch.tensor([0.5]),
-        "server/logits/t/b": torch.ones(2, 3),
-        "server/loss/t/b": torch.tensor([1.5]),
+        "server@toy words/logits/t/a": torch.ones(2, 3),
+        "server@toy words/loss/t/a": torch.tensor([0.5]),
+        "server@toy words/logits/t/b": torch.ones(2, 3),
+        "server@toy words/loss/t/b": torch.tensor([1.5]),
     }
     state, (one,) = half.prepare(downlink, state, ctx)
     assert sorted(state.tensors) == ["teacher/t/a"]
     assert (one.task_weight, one.distil[0].kind, one.into) == (0.0, "soft_ce", "")
-    worse = {**downlink, "server/loss/t/a": torch.tensor([1.0])}
+    worse = {**downlink, "server@toy words/loss/t/a": torch.tensor([1.0])}
     _, none = half.prepare(worse, state, ctx)
     assert none == ()
 
 
 @pytest.mark.parametrize("name", ["feddistill", "perada", "takfl", "fedmkt"])
-def test_other_vocabularies_are_not_teachers(name: str) -> None:
-    strategy = make(name)
+def test_other_vocabularies_are_not_teachers_where_the_user_says_so(name: str) -> None:
+    strategy = make(name, vocabularies="own")
+    assert not strategy.translates
     toy = ToyFederation(strategy, ("S", "M", "S", "M"))
     toy.manifests = [
-        ClientManifest(
-            **{
-                **{field: getattr(manifest, field) for field in manifest.__dataclass_fields__},
-                "vocabulary": f"words of {manifest.signature}",
-            }
-        )
-        for manifest in toy.manifests
+        replace(manifest, vocabulary=f"words of {manifest.signature}") for manifest in toy.manifests
     ]
     toy.state = strategy.init(toy.manifests, toy.seed)
     toy.play()
