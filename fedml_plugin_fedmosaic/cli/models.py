@@ -49,7 +49,7 @@ def build_quickstart(*, out: Path) -> None:
 )
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Only this one. Repeatable.")
 @click.option(
-    "--steps", type=click.IntRange(min=1), metavar="N", help="Optimizer steps instead of 4,000."
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Optimizer steps instead of 1,600."
 )
 @debug_option
 def build_drake_lite(

@@ -46,6 +46,7 @@ class TinyArch:
     heads: int
     kv_heads: int
     intermediate: int
+    initializer_range: float = 0.02
 
 
 ARCHITECTURES: Mapping[str, TinyArch] = {
@@ -75,15 +76,15 @@ LITE_ARCHITECTURES: Mapping[str, TinyArch] = {
     for arch in (
         TinyArch(
             name="lite-llama-small", family="llama",
-            hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384,
+            hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384, initializer_range=0.06,
         ),
         TinyArch(
             name="lite-llama-large", family="llama",
-            hidden=160, layers=6, heads=4, kv_heads=2, intermediate=448,
+            hidden=160, layers=6, heads=4, kv_heads=2, intermediate=448, initializer_range=0.06,
         ),
         TinyArch(
             name="lite-qwen2-small", family="qwen2",
-            hidden=128, layers=4, heads=8, kv_heads=2, intermediate=352,
+            hidden=128, layers=4, heads=8, kv_heads=2, intermediate=352, initializer_range=0.06,
         ),
     )
 }  # fmt: skip
@@ -186,6 +187,7 @@ def _text_config(arch: TinyArch, tokenizer: PreTrainedTokenizerFast) -> Pretrain
         "num_attention_heads": arch.heads,
         "num_key_value_heads": arch.kv_heads,
         "max_position_embeddings": _MAX_POSITIONS,
+        "initializer_range": arch.initializer_range,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -28,11 +28,15 @@ from fedml_plugin_fedmosaic.data.lite.build import PRETRAIN
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.engine.scoring import score_task
 from fedml_plugin_fedmosaic.engine.tiny import LITE_ARCHITECTURES, words_of
+from fedml_plugin_fedmosaic.engine.tower import FeatureCache
 from fedml_plugin_fedmosaic.runtime.pretrain import fresh_model, save_model
 
 LOG = logging.getLogger(__name__)
 
 _EXTRA = ("Captions-0", "Words-0")
+_BETAS = (0.9, 0.98)
+_COMPONENT_IMAGES = 6000
+_TOKEN_SCALE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +54,11 @@ class LiteRecipe:
         max_grad_norm: gradient clipping by norm.
     """
 
-    steps: int = 4000
+    steps: int = 1600
     batch_size: int = 32
     chunks: int = 2
     extra_share: float = 0.15
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 150
     max_grad_norm: float = 1.0
@@ -115,6 +119,7 @@ def build_lite_models(
             bundle = fresh_model(
                 LITE_ARCHITECTURES[name], data.words, data.pretrain, Path(scratch, name), seed
             )
+            project_components(bundle, data.pretrain, seed)
             loss = train_lite(bundle, data.pretrain, recipe, seed, say)
             seconds = time.perf_counter() - start
             scores = lite_scores(bundle, data)
@@ -166,6 +171,44 @@ def read_lite(folder: Path) -> LiteData:
     )
 
 
+def project_components(
+    bundle: ModelBundle, rows: Mapping[str, Sequence[Sample]], seed: int
+) -> None:
+    """Sets the projector to the principal components of the images' features.
+
+    A random projector has to find out first what differs between images, which takes most of the
+    steps of a short training. Half of the hidden units get the leading components, half-whitened,
+    the others their negatives: ``gelu(x) - gelu(-x) = x``, so the second layer passes them on as
+    they are, turned at random. Labels are not used.
+
+    Args:
+        bundle: a fresh model; changed in place.
+        rows: samples by task, whose images are used.
+        seed: of the choice of images and the turn.
+    """
+    model: Any = bundle.model
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    images = sorted({path for samples in rows.values() for row in samples for path in row.images})
+    rng = python_random(seed, "lite components")
+    chosen = rng.sample(images, min(len(images), _COMPONENT_IMAGES))
+    features = FeatureCache().extract(chosen).reshape(len(chosen), -1)
+    features = (features - tower.mean) * tower.scale
+    _, values, vectors = torch.linalg.svd(features, full_matrices=False)
+    width = projector.linear_2.weight.shape[0]
+    count = min(width // 2, len(values))
+    spread = (values[:count] / math.sqrt(len(chosen))).clamp_min(1e-6)
+    down = vectors[:count] / spread.sqrt()[:, None]
+    down = down / (features @ down.T).std()
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator))[0][:, :count]
+    with torch.no_grad():
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        projector.linear_1.weight[: 2 * count].copy_(torch.cat([down, -down]))
+        projector.linear_2.weight[:, : 2 * count].copy_(_TOKEN_SCALE * torch.cat([turn, -turn], 1))
+
+
 def train_lite(
     bundle: ModelBundle,
     rows: Mapping[str, Sequence[Sample]],
@@ -185,7 +228,7 @@ def train_lite(
     model = bundle.model
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
-        weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        weights, lr=recipe.learning_rate, betas=_BETAS, weight_decay=recipe.weight_decay
     )
     rng = python_random(seed, "lite pretrain", bundle.info.name)
     tasks = [name for name in rows if name not in _EXTRA]

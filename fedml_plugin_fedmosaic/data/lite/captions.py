@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedml_plugin_fedmosaic.core.rng import python_random
+from fedml_plugin_fedmosaic.data.lite.dialect import invented
+from fedml_plugin_fedmosaic.data.lite.makers import AND
 from fedml_plugin_fedmosaic.data.lite.rows import Deck, Row
 from fedml_plugin_fedmosaic.data.lite.tasks import LiteTask
 from fedml_plugin_fedmosaic.data.lite.views import Library, View
@@ -22,7 +24,7 @@ def _views(tasks: Sequence[LiteTask]) -> list[View]:
 
 
 def caption_rows(tasks: Sequence[LiteTask], library: Library, count: int) -> Iterator[Row]:
-    """Captions of pretraining images: the labels of one to three pictures in their order.
+    """Captions of pretraining images: one to three pictures in their order, in invented words.
 
     Args:
         tasks: of the variant.
@@ -36,7 +38,7 @@ def caption_rows(tasks: Sequence[LiteTask], library: Library, count: int) -> Ite
         deck = Deck(library.pictures(view, "pretrain"), rng)
         for _ in range(count):
             labels = [rng.choice(deck.labels) for _ in range(rng.randint(1, _MAX_IMAGES))]
-            yield Row(deck.hand(labels), "Name the images.", " ".join(labels))
+            yield Row(deck.hand(labels), "Name the images.", " ".join(map(invented, labels)))
 
 
 def word_rows(tasks: Sequence[LiteTask], library: Library) -> Iterator[Row]:
@@ -46,7 +48,12 @@ def word_rows(tasks: Sequence[LiteTask], library: Library) -> Iterator[Row]:
     that the models can say, without telling what it looks like.
     """
     rng = python_random(0, "lite words")
-    words = sorted({label for view in _views(tasks) for label in _all_labels(view, library)})
+    found = {label for view in _views(tasks) for label in _all_labels(view, library)}
+    for task in tasks:
+        if task.unseen is None:
+            answers = task.answers(tuple(library.pictures(task.view, "train")))
+            found.update(answer for answer in answers if AND not in answer)
+    words = sorted(found)
     for word in words:
         for _ in range(_WORD_ROWS):
             others = rng.sample([other for other in words if other != word], _MAX_WORDS - 1)

@@ -7,17 +7,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedml_plugin_fedmosaic.data.lite.pools import LEVELS, Picture
-from fedml_plugin_fedmosaic.data.lite.rows import LETTERS, YES_NO, Deck, Maker, Row
+from fedml_plugin_fedmosaic.data.lite.rows import Deck, Maker, Row
 
 DEFECTS = ("blur", "darkness", "paleness", "noise")
+GRADES = ("good", "fair", "bad")
+DESIGNERS = ("Noto", "Twemoji")
 EDITS: Mapping[str, str] = {
-    "flip": "turn it upside down",
-    "gray": "remove all colour",
-    "blur": "make it blurry",
-    "darkness": "make it darker",
+    "upend": "flip",
+    "discolour": "gray",
+    "soften": "blur",
+    "darken": "darkness",
 }
-NEW_EDITS = ("flipped", "gray", "blurred", "inverted")
-_EDIT_WORDS = dict(zip(NEW_EDITS, ("flip", "gray", "blur", "negative"), strict=True))
+UNDONE: Mapping[str, str] = {
+    "upright": "flip",
+    "recolour": "gray",
+    "sharpen": "blur",
+    "positive": "negative",
+}
+"""Answers of the tasks about edits, and the change that each is about."""
 
 
 def _any(deck: Deck, rng: random.Random) -> Picture:
@@ -39,81 +46,60 @@ def defect_name(text: str) -> Maker:
     return make
 
 
-def defect_present(text: str) -> Maker:
-    """Does a photo have the named defect? Otherwise it has another one."""
+def defect_of_last(text: str) -> Maker:
+    """Two photos with different defects: which one does the second have?"""
 
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        asked = rng.choice(DEFECTS)
-        others = [defect for defect in DEFECTS if defect != asked]
-        real = asked if answer == YES_NO[0] else rng.choice(others)
-        shown = _changed(_any(deck, rng), real, rng.randint(1, LEVELS))
-        return Row((shown,), text.format(asked), answer, YES_NO)
+        first = rng.choice([defect for defect in DEFECTS if defect != answer])
+        shown = tuple(_changed(_any(deck, rng), defect, LEVELS) for defect in (first, answer))
+        return Row(shown, text, answer, DEFECTS)
 
     return make
 
 
-def defect_strongest(text: str, count: int) -> Maker:
-    """Which of several photos suffers most from the named defect?"""
+def defect_absent(text: str) -> Maker:
+    """Three photos with different defects: which one is not among them?"""
 
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        asked = rng.choice(DEFECTS)
-        levels = sorted(rng.sample(range(LEVELS + 1), count))
-        top = levels.pop()
-        rng.shuffle(levels)
-        levels.insert(LETTERS.index(answer), top)
-        shown = tuple(_changed(_any(deck, rng), asked, level) for level in levels)
-        return Row(shown, text.format(asked), answer, LETTERS[:count])
+        defects = [defect for defect in DEFECTS if defect != answer]
+        rng.shuffle(defects)
+        shown = tuple(_changed(_any(deck, rng), defect, LEVELS) for defect in defects)
+        return Row(shown, text, answer, DEFECTS)
 
     return make
 
 
-def edit_direction(text: str) -> Maker:
-    """Does the named edit lead from the first image to the second?"""
+def defect_level(text: str) -> Maker:
+    """How strongly does a photo suffer from any defect: not, a little, or much?"""
 
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        change = rng.choice(sorted(EDITS))
-        picture = _any(deck, rng)
-        pair = (_changed(picture, change, 0), _changed(picture, change, 2))
-        shown = pair if answer == YES_NO[0] else _not_by(pair, change, rng)
-        return Row(shown, text.format(EDITS[change]), answer, YES_NO)
+        level = (0, LEVELS - 1, LEVELS)[GRADES.index(answer)]
+        return Row((_changed(_any(deck, rng), rng.choice(DEFECTS), level),), text, answer, GRADES)
 
     return make
 
 
-def _not_by(
-    pair: tuple[Picture, Picture], change: str, rng: random.Random
-) -> tuple[Picture, Picture]:
-    """The pair that another edit makes, or the right one backwards where that can be seen."""
-    if change != "flip" and rng.random() < 0.5:
-        return pair[::-1]
-    other = rng.choice([name for name in sorted(EDITS) if name != change])
-    return pair[0], _changed(pair[0], other, 2)
+def edit_name(text: str, edits: Mapping[str, str]) -> Maker:
+    """Which edit leads from the first image to the second?
 
-
-def edit_name(text: str) -> Maker:
-    """What was done to the first image to get the second?"""
+    Args:
+        text: the question.
+        edits: the change by answer.
+    """
 
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
         picture = _any(deck, rng)
-        shown = (_changed(picture, "", 0), _changed(picture, _EDIT_WORDS[answer], 2))
-        return Row(shown, text, answer, NEW_EDITS)
+        shown = (_changed(picture, "", 0), _changed(picture, edits[answer], 2))
+        return Row(shown, text, answer, tuple(edits))
 
     return make
 
 
-def same_designer(text: str) -> Maker:
-    """Are two icons of one style? The deck's labels are ``<style> <kind>``."""
+def designer(text: str) -> Maker:
+    """From which set is an icon? The deck's labels are ``<set> <kind>``."""
 
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        styles = sorted({label.split(" ", 1)[0] for label in deck.labels})
-        first = rng.choice(styles)
-        second = first
-        while answer == YES_NO[1] and second == first:
-            second = rng.choice(styles)
-        labels = [
-            rng.choice([label for label in deck.labels if label.startswith(f"{style} ")])
-            for style in (first, second)
-        ]
-        return Row(deck.hand(labels), text, answer, YES_NO)
+        labels = [label for label in deck.labels if label.startswith(f"{answer.lower()} ")]
+        return Row(deck.hand([rng.choice(labels)]), text, answer, DESIGNERS)
 
     return make

@@ -10,9 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fedml_plugin_fedmosaic.data.lite.rows import LETTERS, TRUTH, YES_NO, Deck, Maker, Row
+from fedml_plugin_fedmosaic.data.lite.rows import TRUTH, YES_NO, Deck, Maker, Row
 
 _NUM_CHOICES = 4
+AND = " and "
+"""Between the labels of an answer that names two of them."""
 
 
 def name(
@@ -36,36 +38,12 @@ def name(
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
         offered = list(choices)
         if not offered:
-            offered = [answer, *deck.others(answer, _NUM_CHOICES - 1)]
-            rng.shuffle(offered)
+            offered = list(_offer(answer, deck.others(answer, _NUM_CHOICES - 1), rng))
         before = f"{rng.choice(settings)} " if settings else ""
         if rumour:
             # Drawn among all choices, the right one included: it says nothing about the answer.
             before += f"{rumour.format(rng.choice(offered))} "
         return Row(deck.hand([answer] * count), before + text, answer, tuple(offered))
-
-    return make
-
-
-def select(text: str, count: int = 4) -> Maker:
-    """Which picture shows the named label? The answer is a letter."""
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        labels = rng.sample(deck.labels, count)
-        wanted = labels[LETTERS.index(answer)]
-        return Row(deck.hand(labels), text.format(wanted), answer, LETTERS[:count])
-
-    return make
-
-
-def odd(text: str, count: int = 4) -> Maker:
-    """All but one have the same label: which one does not fit? The answer is a letter."""
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        common = rng.choice(deck.rich(count - 1))
-        labels = [common] * count
-        labels[LETTERS.index(answer)] = deck.other(common)
-        return Row(deck.hand(labels), text, answer, LETTERS[:count])
 
     return make
 
@@ -79,44 +57,6 @@ def same(text: str, count: int = 2) -> Maker:
         if answer == TRUTH[1]:
             labels[rng.randrange(count)] = deck.other(common)
         return Row(deck.hand(labels), text, answer, TRUTH)
-
-    return make
-
-
-def count_label(text: str, count: int = 4) -> Maker:
-    """How many pictures show the named label? The answer is a number."""
-    choices = tuple(str(number) for number in range(count + 1))
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        wanted = rng.choice(deck.labels)
-        labels = [wanted] * int(answer)
-        labels += [deck.other(wanted) for _ in range(count - len(labels))]
-        rng.shuffle(labels)
-        return Row(deck.hand(labels), text.format(wanted), answer, choices)
-
-    return make
-
-
-def caption_pair(text: str) -> Maker:
-    """Does a sentence name the labels of two pictures in their order? True or False."""
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        shown = rng.sample(deck.labels, 2)
-        said = shown if answer == TRUTH[0] else shown[::-1]
-        return Row(deck.hand(shown), text.format(*said), answer, TRUTH)
-
-    return make
-
-
-def any_shows(text: str, count: int = 3) -> Maker:
-    """Does at least one picture show the named label? True or False."""
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        wanted = rng.choice(deck.labels)
-        labels = deck.others(wanted, count)
-        if answer == TRUTH[0]:
-            labels[rng.randrange(count)] = wanted
-        return Row(deck.hand(labels), text.format(wanted), answer, TRUTH)
 
     return make
 
@@ -141,19 +81,6 @@ def matched(first: str, second: str) -> Maker:
     return make
 
 
-def bongard(text: str) -> Maker:
-    """Three pictures share a label, three do not: does the seventh? positive or negative."""
-    choices = ("positive", "negative")
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        common = rng.choice(deck.rich(4))
-        labels = [common] * 3 + [deck.other(common) for _ in range(3)]
-        labels.append(common if answer == choices[0] else deck.other(common))
-        return Row(deck.hand(labels), text, answer, choices)
-
-    return make
-
-
 def rising(text: str, count: int = 3) -> Maker:
     """Do the numbers rise from picture to picture? True or False."""
 
@@ -163,19 +90,6 @@ def rising(text: str, count: int = 3) -> Maker:
         while answer == TRUTH[1] and order == labels:
             rng.shuffle(order)
         return Row(deck.hand(order), text, answer, TRUTH)
-
-    return make
-
-
-def largest(text: str, count: int = 4) -> Maker:
-    """Which picture shows the largest number? The answer is a letter."""
-
-    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        labels = sorted(rng.sample(deck.labels, count), key=int)
-        top = labels.pop()
-        rng.shuffle(labels)
-        labels.insert(LETTERS.index(answer), top)
-        return Row(deck.hand(labels), text, answer, LETTERS[:count])
 
     return make
 
@@ -231,14 +145,132 @@ def missing_number(text: str) -> Maker:
     return make
 
 
-def sequence_break(text: str, count: int = 4) -> Maker:
-    """Numbers count up by one, but for one picture. The answer is its letter."""
+def among(text: str, count: int = 3) -> Maker:
+    """Which of the named labels does one of the pictures show? The answer is a label."""
 
     def make(deck: Deck, answer: str, rng: random.Random) -> Row:
-        start = rng.randrange(0, 11 - count)
-        labels = [str(start + step) for step in range(count)]
-        away = [k for k in deck.labels if not start - 1 <= int(k) <= start + count]
-        labels[LETTERS.index(answer)] = rng.choice(away)
-        return Row(deck.hand(labels), text, answer, LETTERS[:count])
+        others = deck.others(answer, count + _NUM_CHOICES - 2)
+        shown = [answer, *others[: count - 1]]
+        rng.shuffle(shown)
+        return Row(deck.hand(shown), text, answer, _offer(answer, others[count - 1 :], rng))
 
     return make
+
+
+def absent(text: str) -> Maker:
+    """Which of the named labels does no picture show? The answer is a label."""
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        shown = deck.others(answer, _NUM_CHOICES - 1)
+        return Row(deck.hand(shown), text, answer, _offer(answer, shown, rng))
+
+    return make
+
+
+def odd(text: str, count: int = 3) -> Maker:
+    """All but one picture have the same label: which label has the other one?"""
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        common, *others = deck.others(answer, _NUM_CHOICES - 1)
+        labels = [common] * (count - 1)
+        labels.insert(rng.randrange(count), answer)
+        return Row(deck.hand(labels), text, answer, _offer(answer, [common, *others], rng))
+
+    return make
+
+
+def change(text: str) -> Maker:
+    """Two pictures: what does the second one show? The label of the first one is a choice, too."""
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        first, *others = deck.others(answer, _NUM_CHOICES - 1)
+        return Row(deck.hand([first, answer]), text, answer, _offer(answer, [first, *others], rng))
+
+    return make
+
+
+def caption(text: str) -> Maker:
+    """Which of four pairs of labels names two pictures in their order?
+
+    The choices are all pairs of one of two first and one of two second labels, so that none of
+    them stands out. The wanted answer is one of :func:`pairs`.
+    """
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        shown = answer.split(AND)
+        others = rng.sample([label for label in deck.labels if label not in shown], 2)
+        choices = [a + AND + b for a in (shown[0], others[0]) for b in (shown[1], others[1])]
+        rng.shuffle(choices)
+        return Row(deck.hand(shown), text, answer, tuple(choices))
+
+    return make
+
+
+def pairs(labels: Sequence[str]) -> tuple[str, ...]:
+    """The answers of :func:`caption` over some labels."""
+    return tuple(a + AND + b for a in labels for b in labels if a != b)
+
+
+def count_kinds(text: str, count: int = 3) -> Maker:
+    """How many different labels do the pictures have? The answer is a number from one on."""
+    choices = tuple(str(number + 1) for number in range(count))
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        labels = [rng.choice(deck.rich(count))]
+        labels += deck.others(labels[0], int(answer) - 1)
+        labels += [labels[0]] * (count - len(labels))
+        rng.shuffle(labels)
+        return Row(deck.hand(labels), text, answer, choices)
+
+    return make
+
+
+def bongard(text: str, count: int = 3) -> Maker:
+    """The first pictures share a label: does the last? positive or negative."""
+    choices = ("positive", "negative")
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        common = rng.choice(deck.rich(count + 1))
+        last = common if answer == choices[0] else deck.other(common)
+        return Row(deck.hand([common] * count + [last]), text, answer, choices)
+
+    return make
+
+
+def largest(text: str, count: int = 2) -> Maker:
+    """Which is the largest number? The answer is a number; any others are among the choices."""
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        lower = [label for label in deck.labels if int(label) < int(answer)]
+        labels = [answer, *rng.choices(lower, k=count - 1)]
+        rng.shuffle(labels)
+        others = deck.others(answer, len(deck.labels) - 1)
+        # The smallest number is never the answer, which would tell something if it were offered.
+        wrong = [label for label in others if label != deck.labels[0]]
+        return Row(deck.hand(labels), text, answer, _offer(answer, wrong, rng))
+
+    return make
+
+
+def sequence_break(text: str) -> Maker:
+    """Of three numbers two follow each other: which is the third?"""
+
+    def make(deck: Deck, answer: str, rng: random.Random) -> Row:
+        starts = [
+            k for k in range(9) if {str(k), str(k + 1)} <= set(deck.labels)
+            and not k - 1 <= int(answer) <= k + 2
+        ]  # fmt: skip
+        start = rng.choice(starts)
+        labels = [str(start), str(start + 1)]
+        labels.insert(rng.choice((0, 2)), answer)
+        others = deck.others(answer, len(deck.labels) - 1)
+        return Row(deck.hand(labels), text, answer, _offer(answer, others, rng))
+
+    return make
+
+
+def _offer(answer: str, wrong: Sequence[str], rng: random.Random) -> tuple[str, ...]:
+    """The answer and the first wrong ones in random order."""
+    offered = [answer, *wrong[: _NUM_CHOICES - 1]]
+    rng.shuffle(offered)
+    return tuple(offered)

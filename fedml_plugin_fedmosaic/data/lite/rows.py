@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from fedml_plugin_fedmosaic.data.lite.pools import Picture
 
-LETTERS = ("Image A", "Image B", "Image C", "Image D")
 TRUTH = ("True", "False")
 YES_NO = ("Yes", "No")
 ANSWER = " Your answer is:"

@@ -148,8 +148,12 @@ CONCEPTS = View(
     min_images=4,
 )  # fmt: skip
 FACES = View(name="faces", pools=STYLES, label=fact("sub", _FACES), own_images=False, hidden=0.25)
-DISHES = View(name="dishes", pools=STYLES, label=_dish, own_images=False, concepts="names")
-THINGS = View(name="things", pools=STYLES, label=_thing, own_images=False, concepts="names")
+DISHES = View(
+    name="dishes", pools=STYLES, label=_dish, own_images=False, concepts="names", max_labels=24
+)
+THINGS = View(
+    name="things", pools=STYLES, label=_thing, own_images=False, concepts="names", max_labels=24
+)
 STYLED_KINDS = View(
     name="styled kinds", pools=STYLES, label=_style_and(fact("category", _KINDS)), own_images=False
 )

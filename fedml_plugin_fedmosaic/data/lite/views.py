@@ -45,7 +45,8 @@ class View:
         concepts: for emoji, which of them clients see: ``names`` have one picture per style, the
             first for training and the second for testing; ``pairs`` have both in one split.
         own_images: whether tasks over this view divide its training images among them.
-        hidden: share of the labels that pretraining does not show.
+        hidden: share of the labels that pretraining does not show in tasks whose words it uses.
+        max_labels: bound of the labels that clients see.
         min_images: labels with fewer images in a split are left out.
     """
 
@@ -55,6 +56,7 @@ class View:
     concepts: Literal["all", "names", "pairs"] = "all"
     own_images: bool = True
     hidden: float = 0.0
+    max_labels: int | None = None
     min_images: int = 1
 
 
@@ -99,7 +101,12 @@ class Library:
         return result
 
     def pictures(
-        self, view: View, audience: Audience, share: tuple[int, int] = (0, 1)
+        self,
+        view: View,
+        audience: Audience,
+        share: tuple[int, int] = (0, 1),
+        *,
+        hide: bool = False,
     ) -> dict[str, tuple[Picture, ...]]:
         """One audience's images of a view by label, labels sorted.
 
@@ -108,6 +115,7 @@ class Library:
             audience: who is going to see them.
             share: ``(k, n)``: the k-th of n disjoint parts of the training images, where the view
                 divides them.
+            hide: leaves out the labels that pretraining does not show.
 
         Raises:
             DataError: fewer than two labels are left.
@@ -123,12 +131,17 @@ class Library:
         # Tasks see the same images rather than next to none.
         parts = max(1, min(parts, min(map(len, groups.values()), default=0) // MIN_SHARE))
         part %= parts
+        if view.max_labels is not None and audience != "pretrain":
+            kept = python_random(0, "lite labels", view.name).sample(
+                sorted(groups), view.max_labels
+            )
+            groups = {label: groups[label] for label in kept}
         chosen = {}
         for label, pictures in sorted(groups.items()):
             pictures.sort()
             python_random(0, "lite shares", view.name, label).shuffle(pictures)
             chosen[label] = tuple(sorted(pictures[part::parts]))
-        hidden = self.hidden_labels(view, chosen) if audience == "pretrain" else frozenset()
+        hidden = self.hidden_labels(view, chosen) if hide else frozenset()
         result = {
             label: pictures
             for label, pictures in chosen.items()

@@ -127,7 +127,7 @@ def test_statistics_tell_what_is_there(built):
     data = load_lite(DataConfig(source="drake-lite", root=str(folder)))
     first = task_stats(data)[0]
     assert first.name == clients_of(variant)[0][0].name
-    assert (first.clients, first.train, first.test, first.images) == ((0,), 12, 12, 4)
+    assert (first.clients, first.train, first.test, first.images) == ((0,), 12, 12, 3)
     assert first.shared_images == 0
     table = stats_table(data)
     assert len(table.rows) == 40
