@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import click
 
-from fedml_plugin_fedmosaic.core.errors import FedMosaicError
+from fedml_plugin_fedmosaic.core.errors import FedMosaicError, OutOfMemory
 
 EXIT_INTERRUPTED = 130
 _ISSUES = "please report it, with the lines above"
@@ -21,6 +21,26 @@ class Settings:
     debug: bool = False
 
 
+def _known(error: BaseException) -> BaseException:
+    """Memory that ran out anywhere is no bug; other errors as they are."""
+    if isinstance(error, FedMosaicError):
+        return error
+    # Without torch in memory the error cannot be one of its.
+    if not isinstance(error, MemoryError) and "torch" not in sys.modules:
+        return error
+    from fedml_plugin_fedmosaic.engine.memory import in_short, ran_out_of_memory
+
+    if not ran_out_of_memory(error):
+        return error
+    known = OutOfMemory(
+        in_short(error),
+        hint="use smaller models or batches (optim.batch_size, evaluation.batch_size), or more "
+        "ranks (-np); 'fedmosaic run --estimate' says what fits, --debug where it happened",
+    )
+    known.__cause__ = error
+    return known
+
+
 def exit_code_of(error: BaseException, *, debug: bool = False) -> int:
     """Prints an error on standard error and returns the process's exit code.
 
@@ -31,6 +51,7 @@ def exit_code_of(error: BaseException, *, debug: bool = False) -> int:
     if isinstance(error, KeyboardInterrupt):
         click.secho("stopped by the user", fg="yellow", err=True)
         return EXIT_INTERRUPTED
+    error = _known(error)
     if not isinstance(error, FedMosaicError):
         traceback.print_exception(error, file=sys.stderr)
         click.secho(

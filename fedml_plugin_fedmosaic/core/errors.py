@@ -14,6 +14,7 @@ Tree::
     ├── CheckpointError       7   a checkpoint is missing, damaged or does not fit
     │   └── RunInUse          7   another process runs in the same run folder
     ├── IntegrationError      8   the installed FedML or PEFT is not what we know
+    ├── OutOfMemory           9   a model does not fit, or memory ran out outside a client's work
     └── RunInterrupted       75   a signal stopped the run after saving; it can be resumed
 
 A message says what is wrong, where, what was expected, what was found, and what to do.
@@ -82,12 +83,16 @@ class ClientFailure(FedMosaicError):
         round_idx: 0-based round.
         stage: "prepare", "fit", "sketch", "finish", "update", "deadline" or "evaluate".
         message: what went wrong.
+        hint: what to do about it (optional).
     """
 
     exit_code = 4
 
-    def __init__(self, client_id: int, round_idx: int, stage: str, message: str) -> None:
-        super().__init__(f"client {client_id}, round {round_idx + 1}, {stage}: {message}")
+    def __init__(
+        self, client_id: int, round_idx: int, stage: str, message: str, *, hint: str | None = None
+    ) -> None:
+        text = f"client {client_id}, round {round_idx + 1}, {stage}: {message}"
+        super().__init__(text, hint=hint)
         self.client_id = client_id
         self.round_idx = round_idx
         self.stage = stage
@@ -125,6 +130,12 @@ class IntegrationError(FedMosaicError):
     """The installed FedML, PEFT or transformers is not what this package knows."""
 
     exit_code = 8
+
+
+class OutOfMemory(FedMosaicError):
+    """Memory ran out where no client was at work: a model is loaded or evaluated as it is."""
+
+    exit_code = 9
 
 
 class RunInterrupted(FedMosaicError):

@@ -33,6 +33,7 @@ from fedml_plugin_fedmosaic.data.prompt import PLAIN_TEMPLATE, PromptEncoder
 from fedml_plugin_fedmosaic.engine.base import ModelInfo
 from fedml_plugin_fedmosaic.engine.deepspeed_world import GroupWorld
 from fedml_plugin_fedmosaic.engine.derived import no_progress_bars
+from fedml_plugin_fedmosaic.engine.memory import loading_memory
 from fedml_plugin_fedmosaic.engine.parts import (
     decoder_layers,
     down_projection,
@@ -156,8 +157,14 @@ def load_model(name: str, spec: ModelSpec, device: torch.device) -> ModelBundle:
     Raises:
         ConfigError: no such model, files are missing or damaged, or the model is of a kind that
             this package cannot train.
+        OutOfMemory: it does not fit into the memory of the device or the machine.
     """
     source = model_folder(name, spec)
+    with loading_memory(name, spec, device):
+        return _load(name, spec, device, source)
+
+
+def _load(name: str, spec: ModelSpec, device: torch.device, source: str) -> ModelBundle:
     with errors_named(name, spec.path), no_progress_bars():
         loader, _ = model_class(source)
         model, report = loader.from_pretrained(

@@ -14,6 +14,7 @@ from fedml_plugin_fedmosaic.config.sections import ModelSpec
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.engine.gguf import converted_folder, is_gguf
 from fedml_plugin_fedmosaic.engine.hub import cached_folder
+from fedml_plugin_fedmosaic.engine.memory import ran_out_of_memory
 
 BUNDLED = "bundled:"
 CACHED = "cached:"
@@ -92,6 +93,8 @@ def errors_named(name: str, path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if ran_out_of_memory(error):  # the files are in order
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model {name!r} cannot be loaded from {path!r}: {reason}",

@@ -14,7 +14,9 @@ from fedml_plugin_fedmosaic.engine.factory import make_engine
 from fedml_plugin_fedmosaic.engine.mixers import make_mixer
 from fedml_plugin_fedmosaic.engine.models import ModelBundle
 from fedml_plugin_fedmosaic.runtime.client import ClientRunner, laid_over
+from fedml_plugin_fedmosaic.runtime.faults import Attempt, naming
 from fedml_plugin_fedmosaic.runtime.journal import ScoreKey
+from fedml_plugin_fedmosaic.runtime.shortage import EVALUATE, Needs, evaluation_memory
 from fedml_plugin_fedmosaic.runtime.signals import never
 from fedml_plugin_fedmosaic.strategies.base import Strategy
 
@@ -87,7 +89,10 @@ def evaluate_base(
                 if should_stop():
                     return False
                 samples = _test_samples(experiment, data, task, final=True)
-                scores[model, task] = engine.evaluate(None, View.BASE, samples, data.tasks[task])
+                with evaluation_memory(experiment, model):
+                    scores[model, task] = engine.evaluate(
+                        None, View.BASE, samples, data.tasks[task]
+                    )
                 sink(
                     EvaluationProgress(strategy=BASE, done=len(scores), total=len(wanted)),
                 )
@@ -121,6 +126,7 @@ def evaluate_clients(
     round_idx: int,
     final: bool,
     sink: EventSink,
+    needs: Needs | None = None,
     known: Collection[ScoreKey] = (),
     should_stop: ShouldStop = never,
 ) -> bool:
@@ -132,6 +138,9 @@ def evaluate_clients(
 
     Returns:
         Whether all is done; False if ``should_stop`` said so before a task.
+
+    Raises:
+        ClientFailure: stage "evaluate": a client's evaluation failed, e.g. for lack of memory.
     """
     views = [strategy.eval_view]
     if final:
@@ -159,13 +168,14 @@ def evaluate_clients(
         if served.model.overlay != overlay or client is not last or not overlay:
             adapter = laid_over(client.state, served.model.overlay)
         last, overlay = client, served.model.overlay
-        score = client.engine.evaluate(
-            adapter,
-            served.model.view,
-            samples,
-            data.tasks[task],
-            mixer=make_mixer(served.mixer, served.tensors, served.options),
-        )
+        with naming(Attempt(client.client_id, round_idx, EVALUATE, needs)):
+            score = client.engine.evaluate(
+                adapter,
+                served.model.view,
+                samples,
+                data.tasks[task],
+                mixer=make_mixer(served.mixer, served.tensors, served.options),
+            )
         sink(
             Evaluated(
                 strategy=strategy.name,

@@ -8,11 +8,9 @@ had before the round; what arrived for it waits for its next round. Errors of th
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +34,8 @@ from fedml_plugin_fedmosaic.core.types import (
     SharedTensors,
     UpdateHeader,
 )
+from fedml_plugin_fedmosaic.engine.memory import ran_out_of_memory
+from fedml_plugin_fedmosaic.runtime.shortage import Needs, free_memory, let_go
 from fedml_plugin_fedmosaic.runtime.staleness import without_sources
 from fedml_plugin_fedmosaic.runtime.validation import NormLimits, UpdateShape, check_update
 
@@ -78,18 +78,24 @@ class Attempt:
     Attributes:
         client_id: who.
         round_idx: 0-based round.
-        stage: what it is doing: "prepare", "fit", "sketch", "finish", "update".
+        stage: what it is doing: "prepare", "fit", "sketch", "finish", "update", "evaluate".
+        needs: what is said if its memory runs out; None: the error's own words.
     """
 
     client_id: int
     round_idx: int
     stage: str = "prepare"
+    needs: Needs | None = None
 
     def named(self, error: Exception) -> Exception:
         """The error with client, round and stage: itself with a note, or a ClientFailure."""
         if isinstance(error, _FAILURES):
-            text = f"{type(error).__name__}: {error}"
-            return ClientFailure(self.client_id, self.round_idx, self.stage, text)
+            hint = None
+            if self.needs is not None and ran_out_of_memory(error):
+                hint = self.needs.hint(self.client_id, self.stage)
+            return ClientFailure(
+                self.client_id, self.round_idx, self.stage, self._words(error), hint=hint
+            )
         if isinstance(error, FedMosaicError) and not isinstance(error, ClientFailure):
             error.add_note(f"client {self.client_id}, round {self.round_idx + 1}, {self.stage}")
         return error
@@ -101,8 +107,30 @@ class Attempt:
         if isinstance(error, DataError):
             return self.stage, error.message
         if isinstance(error, _FAILURES) and not isinstance(error, _PROGRAM):
-            return self.stage, f"{type(error).__name__}: {error}"
+            return self.stage, self._words(error)
         return None
+
+    def _words(self, error: Exception) -> str:
+        if self.needs is not None and ran_out_of_memory(error):
+            return self.needs.reason(self.client_id, self.stage, error)
+        return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def naming(attempt: Attempt) -> Iterator[None]:
+    """Gives an error the client, round and stage of an attempt; it is never a dropout here.
+
+    Raises:
+        ClientFailure: an error that a client's data, model or machine can cause.
+        FedMosaicError: an error of this package, with client, round and stage as a note.
+    """
+    try:
+        yield
+    except Exception as error:
+        named = attempt.named(error)
+        if named is error:
+            raise
+        raise named from error
 
 
 @dataclass(slots=True)
@@ -136,10 +164,12 @@ class FaultGuard:
         strategy: name of the strategy, for the events.
         sink: takes :class:`ClientDropped` and :class:`RoundSkipped`.
         group_size: ranks that train one client together.
+        needs: what the clients need memory for, to say so where it runs out.
         clock: seconds; replaced in tests.
 
     Attributes:
         ledger: who delivered when; part of the checkpoint.
+        needs: as given.
 
     Raises:
         ConfigError: a deadline for clients that several ranks train together: their clocks differ,
@@ -153,6 +183,7 @@ class FaultGuard:
         sink: EventSink,
         *,
         group_size: int = 1,
+        needs: Needs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if group_size > 1 and config.round_deadline_s is not None:
@@ -167,6 +198,7 @@ class FaultGuard:
         self._strategy = strategy
         self._sink = sink
         self._group_size = group_size
+        self.needs = needs
         self._clock = clock
         self._began = clock()
         self._last: Mapping[int, SharedTensors] = {}
@@ -223,7 +255,7 @@ class FaultGuard:
         """
         drop = self.config.policy == "drop"
         before = client.snapshot() if drop else None
-        attempt = Attempt(client.client_id, round_idx)
+        attempt = Attempt(client.client_id, round_idx, needs=self.needs)
         try:
             yield attempt
         except Exception as error:
@@ -235,7 +267,7 @@ class FaultGuard:
                 raise named from error
             client.restore(before)
             self._drop(client.client_id, round_idx, *found)
-            out_of_memory = _let_go(error)
+            out_of_memory = let_go(error)
         else:
             return
         if out_of_memory:
@@ -364,30 +396,3 @@ def _own_words(failure: ClientFailure) -> tuple[str, str]:
     """Stage and reason of a failure, without the client and round that its message begins with."""
     head = f"client {failure.client_id}, round {failure.round_idx + 1}, {failure.stage}: "
     return failure.stage, failure.message.removeprefix(head)
-
-
-def _let_go(error: BaseException) -> bool:
-    """Lets go of what the failed functions held: their tensors would live as long as the error.
-
-    Returns:
-        Whether memory had run out.
-    """
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    out_of_memory = False
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        out_of_memory |= isinstance(current, MemoryError | torch.OutOfMemoryError)
-        traceback.clear_frames(current.__traceback__)
-        queue += [current.__cause__, current.__context__]
-    return out_of_memory
-
-
-def free_memory() -> None:
-    """Gives memory that nobody uses back, on the accelerator, too: the next client may need it."""
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()

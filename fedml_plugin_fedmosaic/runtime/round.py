@@ -46,6 +46,7 @@ from fedml_plugin_fedmosaic.runtime.setup import (
     share_manifests,
     together,
 )
+from fedml_plugin_fedmosaic.runtime.shortage import Needs
 from fedml_plugin_fedmosaic.runtime.validation import UpdateShape, check_headers
 from fedml_plugin_fedmosaic.runtime.wordings import share_wordings
 from fedml_plugin_fedmosaic.strategies.base import SERVER, TRAIN, ServerState
@@ -119,7 +120,14 @@ class StrategyRun:
         # Only ranks that compute sketches have loaded it.
         self.proxy = bundles.get(proxy_key(proxy), bundles.get(proxy))
         self.life = life
-        self.guard = FaultGuard(experiment.faults, name, sink, group_size=comm.group_size)
+        needs = Needs(
+            experiment=experiment,
+            models={client.client_id: client.model_id for client in data.clients},
+            proxy=proxy,
+        )
+        self.guard = FaultGuard(
+            experiment.faults, name, sink, group_size=comm.group_size, needs=needs
+        )
         self.keeper = Keeper(
             open_store(run_dir, name, experiment, comm),
             comm,
@@ -379,6 +387,7 @@ class StrategyRun:
                 round_idx=round_idx,
                 final=last,
                 sink=self.sink,
+                needs=self.guard.needs,
                 known=self.life.known,
                 should_stop=self.life.should_stop,
             )

@@ -153,6 +153,11 @@ def test_schema_and_reference() -> None:
     [
         (FedMosaicError("odd", hint="do it"), 1, "error: odd\n  -> do it\n"),
         (ClientFailure(1, 0, "fit", "boom"), 4, "error: client 1, round 1, fit: boom\n"),
+        (
+            ClientFailure(1, 0, "fit", "boom", hint="do it"),
+            4,
+            "error: client 1, round 1, fit: boom\n  -> do it\n",
+        ),
         (KeyboardInterrupt(), 130, "stopped by the user\n"),
     ],
 )

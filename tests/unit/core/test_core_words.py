@@ -36,6 +36,7 @@ def test_the_error_tree_has_one_root_and_documented_exit_codes() -> None:
         "CheckpointError": 7,
         "RunInUse": 7,
         "IntegrationError": 8,
+        "OutOfMemory": 9,
         "RunInterrupted": 75,
     }
 
