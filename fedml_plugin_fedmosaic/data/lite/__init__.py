@@ -6,6 +6,7 @@ from there, or from ``data.root``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedml_plugin_fedmosaic.config.sections import DataConfig
 from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.base import FederatedData
 from fedml_plugin_fedmosaic.data.drake import load_drake, open_scenario
-from fedml_plugin_fedmosaic.data.lite.build import build_folder
+from fedml_plugin_fedmosaic.data.lite.build import VERSION, build_folder
 from fedml_plugin_fedmosaic.data.lite.scenarios import scenario_clients, scenarios_of
 from fedml_plugin_fedmosaic.data.lite.sources import open_library
 from fedml_plugin_fedmosaic.data.lite.tasks import Variant
@@ -61,7 +62,7 @@ def located(config: DataConfig) -> DataConfig:
     """The configuration of the published layout that this one means.
 
     Raises:
-        DataError: DRAKE-lite is not built there.
+        DataError: DRAKE-lite is not built there, or by another version of this package.
     """
     root = Path(config.root).expanduser() if config.root else lite_folder()
     if not (root / "build.json").is_file():
@@ -69,7 +70,24 @@ def located(config: DataConfig) -> DataConfig:
             f"DRAKE-lite: expected it built in {root}, got no build.json there",
             hint=f"{_BUILD}, or set data_args: {{data: {{root: FOLDER}}}}",
         )
+    _check_version(root)
     return replace(config, source="drake", root=str(root), scenario=config.scenario or SCENARIO)
+
+
+def _check_version(root: Path) -> None:
+    """Base models know the words of the version that they were trained for, and no others."""
+    try:
+        found = json.loads((root / "build.json").read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{root / 'build.json'}: expected the version of DRAKE-lite, got no readable one",
+            hint=_BUILD,
+        ) from error
+    if found != VERSION:
+        raise DataError(
+            f"{root}: expected version {VERSION} of DRAKE-lite, got {found}",
+            hint=f"{_BUILD}, then 'fedmosaic models build-drake-lite'",
+        )
 
 
 def load_lite(config: DataConfig) -> FederatedData:

@@ -150,6 +150,22 @@ def test_what_is_not_built_is_said(tmp_path, monkeypatch):
         source.clients(DataConfig(source="drake-lite", scenario="nope"))
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"name": "drake-lite", "version": "1"}', "expected version 2 of DRAKE-lite, got 1"),
+        ("[]", "got no readable one"),
+    ],
+)
+def test_another_version_has_to_be_built_again(tmp_path, content, problem):
+    (tmp_path / "build.json").write_text(content)
+    config = DataConfig(source="drake-lite", root=str(tmp_path))
+    with pytest.raises(DataError, match=problem) as caught:
+        load_lite(config)
+    assert "fedmosaic data build drake-lite" in str(caught.value.hint)
+    assert problem in LiteSource().missing(config)[0]
+
+
 def test_models_that_were_not_made_are_said(tmp_path, monkeypatch):
     from fedml_plugin_fedmosaic.engine.places import resolve
 
