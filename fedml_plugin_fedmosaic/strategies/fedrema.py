@@ -23,6 +23,7 @@ on class prototypes; the distributions are compared by random projections of ``p
 per sample; a client's own head always counts.
 Cost: one forward pass over ``probe_samples`` of the 80 public samples of a round.
 Across signatures: bodies, heads and answers stay inside a layout; nothing is shared across layouts.
+Answers of different vocabularies cannot be compared, so heads are not shared across them either.
 A client that has not trained yet receives the body only.
 """
 
@@ -183,13 +184,14 @@ class FedReMa(StrategyBase):
         return Cost(public=self.options.probe_samples / _PUBLIC_SAMPLES)
 
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
-        """Remembers the clients and the seed; nobody has answered yet.
+        """Remembers the clients, their vocabularies and the seed; nobody has answered yet.
 
         Raises:
             PlanError: no client, or an id twice.
         """
         empty: dict[str, Any] = {"answers": {}, **{name: {} for name in _LASTING}}
-        return {**super().init(manifests, seed), **empty}
+        vocabularies = {str(manifest.client_id): manifest.vocabulary for manifest in manifests}
+        return {**super().init(manifests, seed), "vocabularies": vocabularies, **empty}
 
     def plan(
         self,
@@ -219,10 +221,13 @@ class FedReMa(StrategyBase):
                 continue
             if self.options.head_share < 1:
                 bodies += [mean_row(client, sources) for client in receivers]
-            members = [client for client in receivers if str(client) in after["answers"]]
-            likeness = _likeness([after["answers"][str(client)] for client in members])
-            similarity.put(members, members, likeness)
-            heads += self._heads(after, digest, members, trained, likeness)
+            answered = [client for client in receivers if str(client) in after["answers"]]
+            for vocabulary in sorted({state["vocabularies"][str(client)] for client in answered}):
+                members = [c for c in answered if state["vocabularies"][str(c)] == vocabulary]
+                likeness = _likeness([after["answers"][str(client)] for client in members])
+                similarity.put(members, members, likeness)
+                trained = [client for client in members if str(client) in fresh]
+                heads += self._heads(after, f"{digest}/{vocabulary}", members, trained, likeness)
         plan = MixingPlan(
             rows=by_target({BODY: bodies, HEAD: heads}),
             relevance=similarity.values,
@@ -247,12 +252,15 @@ class FedReMa(StrategyBase):
     def _heads(
         self,
         after: dict[str, Any],
-        digest: str,
+        kind: str,
         members: Sequence[int],
         trained: Sequence[int],
         likeness: Tensor,
     ) -> list[MixRow]:
-        """Rows of the heads; counts peers and watches the gap as long as the period lasts."""
+        """Rows of the heads of one kind, that is layout and vocabulary.
+
+        Counts peers and watches the gap as long as the period lasts.
+        """
         chosen: dict[int, tuple[int, ...]] = {}
         widths: list[float] = []
         for place, client in enumerate(members):
@@ -262,12 +270,12 @@ class FedReMa(StrategyBase):
             if client in trained and len(others) > 1:
                 widths.append(width)
         gap = sum(widths) / len(widths) if widths else None
-        largest = after["gaps"].get(digest, 0.0)
+        largest = after["gaps"].get(kind, 0.0)
         if gap is not None:
             if gap < self.options.delta * largest:
-                after["over"][digest] = True
-            after["gaps"][digest] = max(gap, largest)
-        if after["over"].get(digest, False):
+                after["over"][kind] = True
+            after["gaps"][kind] = max(gap, largest)
+        if after["over"].get(kind, False):
             counts = {client: after["counts"].get(str(client)) for client in members}
             return [
                 mean_row(client, sorted({client, *chosen[client]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,3 +136,19 @@ def test_a_client_answers_after_training_and_splits_its_layers() -> None:
     got, _ = half.prepare(downlink, after, context)
     for key, tensor in got.adapter.items():
         assert torch.equal(tensor, torch.ones_like(tensor) if key.layer < 2 else adapter[key])
+
+
+def test_answers_of_different_vocabularies_are_not_compared() -> None:
+    strategy = FedReMa(FedReMaOptions(projection=2))
+    manifests = [toy_manifest(i, "S", "lora") for i in range(4)]
+    other = [replace(manifest, vocabulary="other words") for manifest in manifests[2:]]
+    state = strategy.init([*manifests[:2], *other], 0)
+    # 0 and 2 answer with the same numbers, which mean other words.
+    answers = {0: [1.0, 0.0], 1: [0.8, 0.6], 2: [1.0, 0.0], 3: [0.0, 1.0]}
+    _, plan = strategy.plan(state, [_header(i, answer) for i, answer in answers.items()])
+    heads = _rows(plan, "head")
+    assert heads[0] == heads[1] == {0: 0.5, 1: 0.5}
+    assert heads[2] == heads[3] == {2: 0.5, 3: 0.5}
+    assert plan.relevance is not None
+    assert torch.isnan(plan.relevance[:2, 2:]).all()
+    assert _rows(plan, "body")[0] == dict.fromkeys(range(4), 0.25)
