@@ -76,7 +76,11 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command line of ours in a code block or in back quotes."""
     start = re.compile(r"^(?:fedmosaic|fedml run)(?= |$)")
     for path in PAGES:
-        lines = [line for text in blocks(path, "bash", "text") for line in text.splitlines()]
+        lines = [
+            line
+            for text in blocks(path, "bash", "text")
+            for line in text.replace("\\\n", " ").splitlines()
+        ]
         lines += re.findall(r"`([^`\n]+)`", without_blocks(path))
         for line in lines:
             for part in re.split(r"&&|\|", line.strip()):
