@@ -194,6 +194,11 @@ class Processor:
         """Id of the token that stands for a part of an image, and how many an image becomes."""
         return self._encoder.image_tokens
 
+    @property
+    def end_of_turn(self) -> int | None:
+        """The one of ``end_ids`` with which the chat template ends an answer, if it does."""
+        return self._encoder.end_of_turn()
+
     def prefetch(self, samples: Iterable[Sample]) -> None:
         """Computes features of all images at once; later calls find them in memory.
 

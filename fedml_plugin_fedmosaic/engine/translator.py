@@ -104,5 +104,11 @@ class Translator:
 
     @cached_property
     def _lexicon(self) -> Lexicon:
+        # Of several tokens that end an answer, the model's own template writes one.
+        end = self._processor.end_of_turn
+        known = [
+            "" if text == END and end not in (None, number) else text
+            for number, text in enumerate(self._texts)
+        ]
         # A tokenizer may have more tokens than the model has logits.
-        return Lexicon(self._texts[: self._width])
+        return Lexicon(known[: self._width])

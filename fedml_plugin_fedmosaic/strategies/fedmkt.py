@@ -390,7 +390,7 @@ def _noted(
 ) -> dict[str, list[Any]]:
     """Client -> a part of its notes, the last one that it sent."""
     new = {str(header.client_id): list(header.notes.get(part, ())) for header in headers}
-    return {**state[part], **new}
+    return {**state.get(part, {}), **new}
 
 
 def _loss(losses: Sequence[float], tokens: Sequence[int], index: int) -> float:

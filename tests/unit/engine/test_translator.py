@@ -22,7 +22,7 @@ from fedml_plugin_fedmosaic.core.work import Distillation, ModelRef, Pass, Probe
 from fedml_plugin_fedmosaic.engine.digests import vocabulary_digest
 from fedml_plugin_fedmosaic.engine.models import load_model
 from fedml_plugin_fedmosaic.engine.torch import TorchEngine
-from fedml_plugin_fedmosaic.engine.translator import texts_of
+from fedml_plugin_fedmosaic.engine.translator import Translator, texts_of
 from fedml_plugin_fedmosaic.equations.translation import END
 
 SAMPLES = text_samples(4)
@@ -70,6 +70,22 @@ def test_special_tokens_say_nothing_but_the_end(engines: dict[str, TorchEngine])
         assert texts[tokenizer.eos_token_id] == END
         assert texts[tokenizer.pad_token_id] == texts[tokenizer.unk_token_id] == ""
         assert "A" in texts
+
+
+def test_the_template_says_which_token_ends_an_answer(
+    engines: dict[str, TorchEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines["words"]
+    processor = engine._bundle.processor
+    tokenizer = processor.tokenizer
+    ends = frozenset({tokenizer.pad_token_id, tokenizer.eos_token_id})
+    monkeypatch.setattr(processor, "end_ids", ends)
+    translator = Translator(processor, engine._bundle.vocabulary_size)
+    said = translator.wording(SAMPLES).texts
+    assert {number for number, text in enumerate(said) if text == END} == ends
+    # The padding token has the smaller id, and ends no answer.
+    assert tokenizer.pad_token_id < tokenizer.eos_token_id
+    assert translator._lexicon.exact(END) == tokenizer.eos_token_id
 
 
 def test_answers_are_what_is_supervised(engines: dict[str, TorchEngine]) -> None:
