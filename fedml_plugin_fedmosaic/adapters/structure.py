@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedml_plugin_fedmosaic.core.errors import AdapterError
@@ -173,8 +173,8 @@ def _linears(
     for name, module in layer.named_modules():
         if any(name.startswith(f"{wrapper}.") for wrapper in wrappers):
             continue
-        base = module
-        if isinstance(module, BaseTunerLayer):
+        base: Any = module
+        if _is_adapted(module):
             wrappers.append(name)
             base = module.get_base_layer()
         if wanted is not None and name.rpartition(".")[2] not in wanted:
@@ -183,3 +183,12 @@ def _linears(
             yield name, base
         elif wanted is not None:
             problems.append(f"{where}.{name} is {type(base).__name__}, not a linear")
+
+
+def _is_adapted(module: Any) -> bool:
+    """Whether a module is PEFT's wrapper of a layer.
+
+    Nothing is while PEFT is not imported, which takes seconds that a look at a model does not need.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)

@@ -66,6 +66,13 @@ def test_the_command_starts_without_torch() -> None:
     assert loaded & {"torch", "numpy", "pydantic", "yaml", "rich", "fedml"} == set()
 
 
+def test_looking_at_a_model_needs_no_peft() -> None:
+    """PEFT takes seconds, most of them for bitsandbytes, which it imports where it is installed."""
+    loaded = loaded_by(["fedml_plugin_fedmosaic.adapters.structure"])
+    assert "torch" in loaded
+    assert loaded & {"peft", "bitsandbytes", "transformers"} == set()
+
+
 def test_a_plain_import_loads_nothing_but_itself() -> None:
     extra = loaded_by(["fedml_plugin_fedmosaic"]) - loaded_by(["importlib", "typing"])
     assert {name for name in extra if not name.startswith("_")} == {"fedml_plugin_fedmosaic"}
