@@ -30,6 +30,7 @@ steps of the published table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
@@ -394,6 +395,7 @@ def _noted(
 
 
 def _loss(losses: Sequence[float], tokens: Sequence[int], index: int) -> float:
-    if index >= len(losses):
-        return float("inf")
+    # A comparison with NaN is false: a model that diverged could be the best of all.
+    if index >= len(losses) or not math.isfinite(losses[index]):
+        return math.inf
     return losses[index] * (tokens[index] if tokens else 1)

@@ -184,6 +184,15 @@ def test_fedmkt_asks_the_best_client_of_the_vocabulary() -> None:
     later = [UpdateHeader(client_id=2, round_idx=1, num_examples=1, notes={"losses": [9.0, 9.0]})]
     _, plan = strategy.plan(after, later)
     assert {row.sources for row in plan.rows[sample_channel(0, "toy words")]} == {(1,)}
+    # A model that diverged teaches nobody.
+    broken = [
+        UpdateHeader(
+            client_id=0, round_idx=1, num_examples=1, notes={"losses": [float("nan"), float("inf")]}
+        )
+    ]
+    _, plan = strategy.plan(after, broken)
+    assert {row.sources for row in plan.rows[sample_channel(0, "toy words")]} == {(1,)}
+    assert {row.sources for row in plan.rows[sample_channel(1, "toy words")]} == {(2,)}
     assert strategy.select_stage(after, "server", 1, (2,)) == (0, 1)
     assert strategy.select_stage(after, "transfer", 1, (2,)) == (2,)
 
