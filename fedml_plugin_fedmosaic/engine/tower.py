@@ -163,6 +163,7 @@ def load_tower() -> EfficientNetLite0:
     if found != _SHA256:
         raise _unreadable(f"{weights.name}: expected sha256 {_SHA256}, got {found}")
     tower = EfficientNetLite0()
+    # A pickle, the only one that is ever read: its bytes are known and nothing in it is called.
     tower.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     return tower.eval().requires_grad_(False)
 

@@ -30,7 +30,6 @@ from fedml_plugin_fedmosaic.runtime.alignment_files import (
     METHOD,
     AlignmentManifest,
     ModelIdentity,
-    PairQuality,
     alignment_key,
     recall,
     remember,
@@ -38,7 +37,6 @@ from fedml_plugin_fedmosaic.runtime.alignment_files import (
 )
 from fedml_plugin_fedmosaic.runtime.alignment_fit import PairAligner, initial_factors
 from fedml_plugin_fedmosaic.runtime.alignment_options import AlignOptions, Progress
-from fedml_plugin_fedmosaic.runtime.alignment_quality import PairAlignment
 
 TRAIN = "train"
 """Stands for the clients' own training samples."""
@@ -267,7 +265,7 @@ class ModelAligner:
             bundle = load_model(name, model.spec, self._device)
             pair = PairAligner(self._bundle, bundle, adapter, self._options, progress)
             found = pair.run(self._data.samples)
-            factors, quality = found.factors, _quality(found)
+            factors, quality = found.factors, found.quality
         return write_alignment(
             self._out,
             name,
@@ -330,21 +328,6 @@ def _identified(name: str, spec: ModelSpec, target_modules: tuple[str, ...]) -> 
     )
     modules = tuple(resolved_names(target_modules, info.linears))
     return _Model(name=name, spec=spec, info=info, identity=identity, modules=modules)
-
-
-def _quality(found: PairAlignment) -> PairQuality:
-    return PairQuality(
-        linears=found.quality,
-        losses=found.losses,
-        rows=found.rows,
-        pairing=found.pairing,
-        positions=found.positions,
-        learning_rate=found.learning_rate,
-        cka=found.cka,
-        anchor_ends=found.anchor_ends,
-        model_ends=found.model_ends,
-        unmatched=found.unmatched,
-    )
 
 
 def _versions() -> dict[str, str | None]:

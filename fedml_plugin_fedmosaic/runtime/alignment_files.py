@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedml_plugin_fedmosaic.config.paths import cache_dir
 from fedml_plugin_fedmosaic.core.errors import AdapterError
-from fedml_plugin_fedmosaic.runtime.alignment_quality import LinearQuality
+from fedml_plugin_fedmosaic.runtime.alignment_quality import PairQuality
 
 FORMAT = 1
 """Of files and manifests; also counts changes of the method, so that old caches are not used."""
@@ -59,22 +59,6 @@ class ModelIdentity:
     num_parameters: int
     weights: str
     dtype: str
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class PairQuality:
-    """How well a model corresponds to its anchor; see ``alignment_quality.PairAlignment``."""
-
-    linears: dict[str, LinearQuality]
-    losses: tuple[float, ...]
-    rows: dict[str, int]
-    pairing: str
-    positions: str
-    learning_rate: float
-    cka: tuple[tuple[float, ...], ...]
-    anchor_ends: tuple[int, ...]
-    model_ends: tuple[int, ...]
-    unmatched: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -34,7 +34,11 @@ from fedml_plugin_fedmosaic.runtime.alignment_options import (
     default_rate,
     split_samples,
 )
-from fedml_plugin_fedmosaic.runtime.alignment_quality import PairAlignment, linear_quality
+from fedml_plugin_fedmosaic.runtime.alignment_quality import (
+    PairAlignment,
+    PairQuality,
+    linear_quality,
+)
 from fedml_plugin_fedmosaic.runtime.alignment_rows import PairedBatch, RowPairing
 
 _WINDOW = 16
@@ -163,29 +167,31 @@ class PairAligner:
         ends = cka[list(self._ends[0])][:, list(self._ends[1])]
         return PairAlignment(
             factors=factors,
-            quality={
-                key: linear_quality(
-                    moments[key],
-                    before[key],
-                    after[key],
-                    correlations=quality[key][0],
-                    rank=quality[key][1],
-                    scale=self._scales[key],
-                )
-                for key in self._keys
-            },
-            losses=fitted.losses,
-            rows={
-                "outputs": next(iter(moments.values())).count,
-                "check": next(iter(after.values())).count,
-            },
-            pairing="direct" if self._pairing.direct else "tokens",
-            positions=self._pairing.positions,
-            learning_rate=rate,
-            cka=tuple(tuple(row) for row in cka.tolist()),
-            anchor_ends=self._ends[0],
-            model_ends=self._ends[1],
-            unmatched=unmatched_blocks(ends),
+            quality=PairQuality(
+                linears={
+                    key: linear_quality(
+                        moments[key],
+                        before[key],
+                        after[key],
+                        correlations=quality[key][0],
+                        rank=quality[key][1],
+                        scale=self._scales[key],
+                    )
+                    for key in self._keys
+                },
+                losses=fitted.losses,
+                rows={
+                    "outputs": next(iter(moments.values())).count,
+                    "check": next(iter(after.values())).count,
+                },
+                pairing="direct" if self._pairing.direct else "tokens",
+                positions=self._pairing.positions,
+                learning_rate=rate,
+                cka=tuple(tuple(row) for row in cka.tolist()),
+                anchor_ends=self._ends[0],
+                model_ends=self._ends[1],
+                unmatched=unmatched_blocks(ends),
+            ),
         )
 
     def matched_scales(self, samples: Sequence[Sample]) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as strict_dataclass
 from torch import Tensor
 
 from fedml_plugin_fedmosaic.equations.canonical import canonical_map, correlations_along
@@ -62,13 +64,12 @@ class LinearQuality:
     fitted: FittedQuality | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairAlignment:
-    """A model aligned with its anchor.
+@strict_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class PairQuality:
+    """How well a model corresponds to its anchor; in the manifest as it is.
 
     Attributes:
-        factors: ``<block>/<module>/A`` (r, d_in) and ``/B`` (d_out, r), float32.
-        quality: ``<block>/<module>`` -> quality.
+        linears: ``<block>/<module>`` -> quality.
         losses: mean loss of each update.
         rows: token positions of the passes ``outputs`` and ``check``.
         pairing: ``direct`` or ``tokens``.
@@ -81,8 +82,7 @@ class PairAlignment:
             partner, with that block.
     """
 
-    factors: dict[str, Tensor]
-    quality: dict[str, LinearQuality]
+    linears: dict[str, LinearQuality]
     losses: tuple[float, ...]
     rows: dict[str, int]
     pairing: str
@@ -92,6 +92,19 @@ class PairAlignment:
     anchor_ends: tuple[int, ...]
     model_ends: tuple[int, ...]
     unmatched: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairAlignment:
+    """A model aligned with its anchor.
+
+    Attributes:
+        factors: ``<block>/<module>/A`` (r, d_in) and ``/B`` (d_out, r), float32.
+        quality: of the pair.
+    """
+
+    factors: dict[str, Tensor]
+    quality: PairQuality
 
 
 def linear_quality(

@@ -67,7 +67,13 @@ from fedml_plugin_fedmosaic.core.work import (
     Work,
 )
 from fedml_plugin_fedmosaic.strategies.base import SERVER, TRAIN, ServerState
-from fedml_plugin_fedmosaic.strategies.common import branch_set, branch_upload, only, receive
+from fedml_plugin_fedmosaic.strategies.common import (
+    branch_set,
+    branch_upload,
+    mean_row,
+    only,
+    receive,
+)
 from fedml_plugin_fedmosaic.strategies.fedavg import FedAvg, FedAvgClient, FedAvgOptions
 from fedml_plugin_fedmosaic.strategies.teaching import (
     MODEL,
@@ -76,7 +82,6 @@ from fedml_plugin_fedmosaic.strategies.teaching import (
     foreign_vocabulary,
     host_rows,
     logit_channel,
-    mean_row,
     named,
     own_logits,
     public_probe,
@@ -294,7 +299,7 @@ class FedDistill(FedAvg):
         slots: dict[str, str] = {}
         for host in sorted(hosts):
             for slot, channel, sources in self.teachers(after, host):
-                rows[slot] = (*rows.get(slot, ()), mean_row(host, sources))
+                rows[slot] = (*rows.get(slot, ()), mean_row(host, sorted(sources)))
                 if slot != channel:
                     slots[slot] = channel
         rows = {slot: made for slot, made in rows.items() if made}

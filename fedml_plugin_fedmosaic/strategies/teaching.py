@@ -181,12 +181,6 @@ def public_state(manifests: Sequence[ClientManifest]) -> dict[str, Any]:
     }
 
 
-def mean_row(target: int, sources: Sequence[int]) -> MixRow:
-    """A uniform mean."""
-    ordered = tuple(sorted(sources))
-    return MixRow(target=target, sources=ordered, weights=(1.0 / len(ordered),) * len(ordered))
-
-
 def host_rows(state: Mapping[str, Any], delivered: Sequence[int]) -> tuple[MixRow, ...]:
     """Rows that bring the hosts' models to every client of their layout.
 

@@ -153,7 +153,7 @@ def test_aligned_factors_are_orthonormal_and_better_than_random_ones(models, ali
             assert b.shape == (target.out_features, 4)
             assert a.dtype == b.dtype == torch.float32
             torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)
-        quality = found.quality.values()
+        quality = found.quality.linears.values()
         before = sum(q.residual_before for q in quality) / len(quality)
         after = sum(q.residual for q in quality) / len(quality)
         assert after < 0.5 * before
@@ -164,14 +164,14 @@ def test_aligned_factors_are_orthonormal_and_better_than_random_ones(models, ali
             assert q.fitted is not None
             assert len(q.new_correlations) == 4
             assert all(-1.0 <= c <= 1.0 for c in q.new_correlations)
-        assert found.losses[-1] < found.losses[0]
-        assert len(found.losses) == 4 * 8  # 30 samples for the fit, 10 for the check
-        assert found.pairing == ("direct" if name == "wide" else "tokens")
+        assert found.quality.losses[-1] < found.quality.losses[0]
+        assert len(found.quality.losses) == 4 * 8  # 30 samples for the fit, 10 for the check
+        assert found.quality.pairing == ("direct" if name == "wide" else "tokens")
         layers = models[name].num_layers
-        assert len(found.cka) == 2
-        assert {len(row) for row in found.cka} == {layers}
-        assert found.anchor_ends == (0, 1)
-        assert found.model_ends == block_end_layers(layers, 2)
+        assert len(found.quality.cka) == 2
+        assert {len(row) for row in found.quality.cka} == {layers}
+        assert found.quality.anchor_ends == (0, 1)
+        assert found.quality.model_ends == block_end_layers(layers, 2)
 
 
 def test_b_keeps_its_column_space(models, aligned):
@@ -211,7 +211,7 @@ def test_a_model_corresponds_to_itself(models, tmp_path):
     anchor = initial_factors(
         PairAligner(models["anchor"], twin, ADAPTER, options)._anchor.targets, 4, 0
     )
-    for key, quality in found.quality.items():
+    for key, quality in found.quality.linears.items():
         assert quality.residual == pytest.approx(0.0, abs=1e-6)
         assert quality.explained == pytest.approx(1.0, abs=1e-3)
         assert quality.scale == 1.0
@@ -221,9 +221,9 @@ def test_a_model_corresponds_to_itself(models, tmp_path):
                 torch.testing.assert_close(
                     found.factors[f"{key}/{part}"], expected, atol=1e-3, rtol=0
                 )
-    assert sum(quality.rank == 4 for quality in found.quality.values()) > 7
-    assert [found.cka[i][i] for i in range(2)] == pytest.approx([1.0, 1.0])
-    assert found.unmatched == ()
+    assert sum(quality.rank == 4 for quality in found.quality.linears.values()) > 7
+    assert [found.quality.cka[i][i] for i in range(2)] == pytest.approx([1.0, 1.0])
+    assert found.quality.unmatched == ()
 
 
 def test_scales_of_activations_are_matched_unless_told_otherwise(tmp_path):
@@ -243,7 +243,7 @@ def test_scales_of_activations_are_matched_unless_told_otherwise(tmp_path):
     still = replace(OPTIONS, learning_rate=1e-9)
     for match in (True, False):
         options = replace(still, match_scale=match)
-        quality = PairAligner(anchor, loud, ADAPTER, options).run(text_samples(40)).quality
+        quality = PairAligner(anchor, loud, ADAPTER, options).run(text_samples(40)).quality.linears
         loudest = quality["1/q_proj"]
         assert loudest.scale == pytest.approx(10.0 if match else 1.0, rel=1e-3)
         assert loudest.residual == pytest.approx(0.0 if match else 81.0, abs=0.01)
@@ -255,7 +255,11 @@ def test_the_same_call_gives_the_same_bits(models, aligned):
     _, first = aligned["letters"]
     again = PairAligner(models["anchor"], models["letters"], ADAPTER, OPTIONS).run(text_samples(40))
     assert all(torch.equal(again.factors[key], value) for key, value in first.factors.items())
-    assert (again.quality, again.losses, again.cka) == (first.quality, first.losses, first.cka)
+    assert (again.quality.linears, again.quality.losses, again.quality.cka) == (
+        first.quality.linears,
+        first.quality.losses,
+        first.quality.cka,
+    )
     other = PairAligner(models["anchor"], models["letters"], ADAPTER, replace(OPTIONS, seed=1)).run(
         text_samples(40)
     )
@@ -265,7 +269,7 @@ def test_the_same_call_gives_the_same_bits(models, aligned):
 def test_outputs_can_be_made_orthonormal_again(models):
     options = replace(OPTIONS, orthonormal_outputs=True, epochs=1)
     found = PairAligner(models["anchor"], models["wide"], ADAPTER, options).run(text_samples(40))
-    full = [key for key, quality in found.quality.items() if quality.rank == 4]
+    full = [key for key, quality in found.quality.linears.items() if quality.rank == 4]
     assert full
     for key in full:
         b = found.factors[f"{key}/B"]
@@ -318,7 +322,9 @@ def test_what_is_fitted_to_few_tokens_is_worse_on_new_ones(models):
     def gap(output_samples):
         options = replace(OPTIONS, epochs=1, output_samples=output_samples)
         found = PairAligner(models["anchor"], models["wide"], ADAPTER, options).run(samples)
-        gaps = [sum(q.correlations) - sum(q.new_correlations) for q in found.quality.values()]
+        gaps = [
+            sum(q.correlations) - sum(q.new_correlations) for q in found.quality.linears.values()
+        ]
         return sum(gaps) / (4 * len(gaps))
 
     assert gap(1) > gap(45) + 0.05
