@@ -4,7 +4,7 @@ The unit is one forward pass of a client's model over one sample; a backward pas
 that, the usual rule for transformers (Kaplan et al. 2020, arXiv 2001.08361). Plain training costs
 one forward and one backward pass. A strategy that does more per step takes fewer steps::
 
-    share = (3 - public * PUBLIC_SHARE) / (forwards + 2 backwards + sketch)
+    share = (3 - comparisons - public * PUBLIC_SHARE) / (forwards + 2 backwards + sketch)
 
 rounded to whole percent, as the table of local updates of FedMosaic (arXiv 2506.11024) is.
 """
@@ -19,8 +19,11 @@ BACKWARD = 2.0
 PLAIN = 1.0 + BACKWARD
 """Cost of one sample of plain training."""
 
-PUBLIC_SHARE = 0.2
-"""Public samples of a round relative to the samples of plain local training: 80 of 400."""
+PLAIN_SAMPLES = 400
+"""Samples of a round of plain local training: 100 steps of 4 samples."""
+
+PUBLIC_SHARE = 80 / PLAIN_SAMPLES
+"""Public samples of a round relative to the samples of plain local training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,8 @@ class Cost:
         forwards: forward passes per sample of a local step, also those of teachers.
         backwards: backward passes per sample of a local step.
         sketch: proxy gradients, in forward passes per sample of a local step.
+        comparisons: forward passes over the client's samples besides training, per client and
+            round, relative to ``PLAIN_SAMPLES``.
         public: work on public data of server and client together, in forward passes per public
             sample, per client and round.
     """
@@ -38,6 +43,7 @@ class Cost:
     forwards: float = 1.0
     backwards: float = 1.0
     sketch: float = 0.0
+    comparisons: float = 0.0
     public: float = 0.0
 
     @property
@@ -48,4 +54,4 @@ class Cost:
     @property
     def share(self) -> float:
         """Local steps of a round relative to plain training at equal compute, in percent steps."""
-        return round((PLAIN - self.public * PUBLIC_SHARE) / self.step, 2)
+        return round((PLAIN - self.comparisons - self.public * PUBLIC_SHARE) / self.step, 2)

@@ -33,7 +33,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from fedml_plugin_fedmosaic.core.cost import Cost
+from fedml_plugin_fedmosaic.core.cost import PLAIN_SAMPLES, Cost
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
@@ -80,7 +80,6 @@ from fedml_plugin_fedmosaic.strategies.vectors import with_notes
 CHOICE = "cluster"
 _PROBE = "choose"
 _PREFIX = "model"
-_PLAIN_SAMPLES = 400
 _START_ITERATIONS = 10
 
 
@@ -187,9 +186,7 @@ class IFCA(Clustered):
     @property
     def cost(self) -> Cost:
         """Plain training, and the comparison."""
-        return Cost(
-            forwards=1 + self.options.clusters * self.options.probe_samples / _PLAIN_SAMPLES
-        )
+        return Cost(comparisons=self.options.clusters * self.options.probe_samples / PLAIN_SAMPLES)
 
     def plan(
         self,

@@ -51,7 +51,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from fedml_plugin_fedmosaic.core.cost import Cost
+from fedml_plugin_fedmosaic.core.cost import PLAIN_SAMPLES, Cost
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
     CHANNEL_CONV,
@@ -78,6 +78,9 @@ from fedml_plugin_fedmosaic.strategies.tap_sets import (
     keys_of,
 )
 
+_ALL_HELD_OUT = 64
+"""Held-out samples that are charged where the options do not bound them."""
+
 
 class Tap(StrategyBase):
     """Averages per key; replacement and distillation are the clients' own."""
@@ -101,8 +104,12 @@ class Tap(StrategyBase):
 
     @property
     def cost(self) -> Cost:
-        """Two passes over the samples of a local step."""
-        return Cost(forwards=2.0, backwards=2.0)
+        """Two passes over the samples of a local step, and two models on held-out samples.
+
+        The final stage, once after the last round, is not part of a round.
+        """
+        compared = 2 * (self.options.test_samples or _ALL_HELD_OUT) if self.needs_held_out else 0
+        return Cost(forwards=2.0, backwards=2.0, comparisons=compared / PLAIN_SAMPLES)
 
     @property
     def final_stages(self) -> tuple[str, ...]:

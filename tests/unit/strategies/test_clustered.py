@@ -194,7 +194,8 @@ def test_an_ifca_client_whose_models_are_all_broken_says_so() -> None:
 
 
 def test_ifca_pays_for_its_probes() -> None:
-    assert IFCA(IFCAOptions(clusters=4, probe_samples=100)).cost.forwards == 2.0
+    # As many samples as a round of training has: a third of its cost.
+    assert IFCA(IFCAOptions(clusters=4, probe_samples=100)).cost.share == 0.67
 
 
 def test_plans_say_who_is_in_which_cluster() -> None:

@@ -404,8 +404,13 @@ def test_what_does_not_fit_is_refused() -> None:
         strategy.plan(state, [bare])
 
 
-def test_two_passes_cost_half_the_steps_and_fidelity_needs_no_held_out_samples() -> None:
-    assert Tap(TapOptions()).cost.share == 0.5
+def test_two_passes_cost_half_the_steps_and_comparisons_some_more() -> None:
+    assert Tap(TapOptions(test="train")).cost.share == 0.5
+    assert Tap(TapOptions()).cost.share == Tap(TapOptions(test_samples=None)).cost.share == 0.45
+    assert Tap(TapOptions(test_samples=8)).cost.share == 0.49
+
+
+def test_fidelity_needs_no_held_out_samples() -> None:
     assert Tap(TapOptions()).needs_held_out
     assert not Tap(TapOptions(test="train")).needs_held_out
     assert Tap(TapOptions()).final_stages == ("finalize",)
