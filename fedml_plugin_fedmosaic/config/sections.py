@@ -108,8 +108,9 @@ class DataConfig:
     """PFL-Static: tasks shuffled together. PFL-Dynamic: tasks arrive in scenario order."""
     rounds_per_task: PositiveFloat | None = None
     """Rounds per task; ``comm_round / tasks`` when omitted. May be fractional if dynamic."""
-    stream: Literal["memory", "stream_only"] = "memory"
-    """Online memory sampling or the samples in order of arrival."""
+    stream: Literal["memory", "balanced", "stream_only"] = "memory"
+    """Online memory sampling; the same with all answers of all tasks equally often; or the samples
+    in order of arrival."""
     memory_size: PositiveInt = 100_000
     """Capacity of a client's online memory, in samples."""
     max_train_samples: PositiveInt | None = None
@@ -286,6 +287,9 @@ class EvalConfig:
     """Test samples per task in the evaluations between rounds; all when omitted."""
     others: bool = True
     """After the last round, evaluate every client on every task (Others)."""
+    others_samples: PositiveInt | None = None
+    """Test samples per task that is not the client's own; all when omitted. The untouched base
+    models are always asked all."""
     views: tuple[Literal["local", "global", "gated"], ...] = ()
     """Further views to report after the last round, beside the strategy's own."""
     compare: tuple[str, ...] = ("local",)

@@ -3,12 +3,16 @@
 Source: the released code of FedMosaic (arXiv 2506.11024). Arriving samples enter a memory of
 limited capacity; batches are drawn from it, seldom used samples first: with use counts c that
 decay by 0.99 per batch, the next batch is drawn with probabilities softmax(-c / 0.125).
+
+Class-balanced batches, the control that beat elaborate methods in FedMedICL (MICCAI 2024), draw a
+group by the same rule first, then a sample of it: all groups are used equally often, however many
+samples each has.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Protocol
@@ -109,7 +113,12 @@ class OnlineMemory:
     counts: tuple[float, ...] = ()
 
     def draw(
-        self, arrivals: Sequence[SampleId], num_batches: int, batch_size: int, draws: Draws
+        self,
+        arrivals: Sequence[SampleId],
+        num_batches: int,
+        batch_size: int,
+        draws: Draws,
+        group_of: Callable[[SampleId], str] | None = None,
     ) -> tuple[OnlineMemory, Batches]:
         """Lets a round's samples arrive and draws its batches, evenly spread over the arrivals.
 
@@ -120,6 +129,8 @@ class OnlineMemory:
             draws: random decisions. With its ``exact_budget`` false, batches are counted in
                 floating point and at most one that was lost to rounding is added at the end, as
                 the released code does; otherwise all ``num_batches`` are always drawn.
+            group_of: the group of every sample that arrives or is remembered, for balanced
+                batches; their use is counted anew in each call. None: groups play no role.
 
         Returns:
             The memory after the round, and the batches.
@@ -128,7 +139,11 @@ class OnlineMemory:
             DataError: nothing arrives and nothing is remembered, or a size below 1.
         """
         self._check(arrivals, num_batches, batch_size)
-        working = _Working(self, len(arrivals))
+        working = (
+            _Working(self, len(arrivals))
+            if group_of is None
+            else _BalancedWorking(self, len(arrivals), group_of)
+        )
         batches: list[tuple[SampleId, ...]] = []
         budget = 0.0
         for index, item in enumerate(arrivals):
@@ -221,6 +236,43 @@ class _Working:
             items=tuple(self._items),
             counts=tuple(self._counts[: len(self._items)].tolist()),
         )
+
+
+class _BalancedWorking(_Working):
+    """Draws every sample of a batch from the group that was used least.
+
+    A group that appears starts with the smallest count of the others: it gets its share from then
+    on, and does not make up for batches before its time.
+    """
+
+    def __init__(
+        self, memory: OnlineMemory, num_arrivals: int, group_of: Callable[[SampleId], str]
+    ) -> None:
+        super().__init__(memory, num_arrivals)
+        self._group_of = group_of
+        self._uses: dict[str, float] = {}
+
+    def batch(self, batch_size: int, draws: Draws) -> tuple[SampleId, ...]:
+        counts = self._counts[: len(self._items)]
+        counts *= _DECAY
+        names, codes = np.unique(
+            [self._group_of(item) for item in self._items], return_inverse=True
+        )
+        start = min(self._uses.values(), default=0.0)
+        uses = np.array([self._uses.get(str(name), start) for name in names]) * _DECAY
+        members: dict[int, NDArray[np.int64]] = {}
+        chosen = []
+        for _ in range(batch_size):
+            group = int(draws.choose(-uses / _TEMPERATURE, 1)[0])
+            if group not in members:
+                members[group] = np.flatnonzero(codes == group)
+            positions = members[group]
+            position = positions[draws.choose(-counts[positions] / _TEMPERATURE, 1)[0]]
+            uses[group] += 1
+            counts[position] += 1
+            chosen.append(self._items[position])
+        self._uses = dict(zip(map(str, names), uses.tolist(), strict=True))
+        return tuple(chosen)
 
 
 def stream_only(arrivals: Sequence[SampleId], num_batches: int, batch_size: int) -> Batches:

@@ -11,7 +11,8 @@ from fedml_plugin_fedmosaic.core.rng import python_random
 from fedml_plugin_fedmosaic.data.base import ClientData, Sample
 from fedml_plugin_fedmosaic.data.partition import split_dynamic, split_static
 from fedml_plugin_fedmosaic.data.shifts import arrivals
-from fedml_plugin_fedmosaic.data.stream import OnlineMemory, SeededDraws, stream_only
+from fedml_plugin_fedmosaic.data.stream import OnlineMemory, SampleId, SeededDraws, stream_only
+from fedml_plugin_fedmosaic.runtime.supply import answer_group
 
 
 class Arrivals:
@@ -97,8 +98,14 @@ class Arrivals:
             drawn = stream_only(arrived, num_steps, self._batch_size)
         else:
             draws = SeededDraws(self._seed, self._client_id, round_idx)
-            self._memory, drawn = self._memory.draw(arrived, num_steps, self._batch_size, draws)
+            group_of = self._group if self._config.stream == "balanced" else None
+            self._memory, drawn = self._memory.draw(
+                arrived, num_steps, self._batch_size, draws, group_of
+            )
         return [[self._samples[str(item)] for item in batch] for batch in drawn]
+
+    def _group(self, item: SampleId) -> str:
+        return answer_group(self._samples[str(item)])
 
     def shares(self, num_rounds: int) -> tuple[tuple[str, ...], ...]:
         """Ids of the samples that arrive in each of the first rounds."""

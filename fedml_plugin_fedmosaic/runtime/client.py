@@ -43,6 +43,7 @@ from fedml_plugin_fedmosaic.runtime.alignment import load_alignment, wants_align
 from fedml_plugin_fedmosaic.runtime.alignment_files import Alignment
 from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
 from fedml_plugin_fedmosaic.runtime.supply import (
+    balanced_batches,
     batch_size,
     one_epoch,
     set_aside,
@@ -227,7 +228,9 @@ class ClientRunner:
             raise DataError(f"client {self.client_id}: {work.name!r} has no {work.samples} samples")
         if isinstance(work, Probe):
             return one_epoch(samples, size, self._seed, *name)
-        return shuffled_batches(samples, num_steps, size, self._seed, *name)
+        balanced = work.samples is Samples.REPLAY and self._experiment.data.stream == "balanced"
+        make = balanced_batches if balanced else shuffled_batches
+        return make(samples, num_steps, size, self._seed, *name)
 
     def _with_targets(self, work: Work) -> Sequence[Sample]:
         """The public samples; where logits are distilled, those whose logits were received."""

@@ -24,11 +24,12 @@ BASE = "base"
 
 
 def _test_samples(
-    experiment: Experiment, data: FederatedData, task: str, *, final: bool
+    experiment: Experiment, data: FederatedData, task: str, *, final: bool, own: bool = True
 ) -> Sequence[Sample]:
-    samples = data.test[task]
-    limit = experiment.evaluation.round_samples
-    return samples if final or limit is None else samples[:limit]
+    config = experiment.evaluation
+    if not final:
+        return data.test[task][: config.round_samples]
+    return data.test[task] if own else data.test[task][: config.others_samples]
 
 
 def _scored(data: FederatedData, tasks: Sequence[str]) -> list[str]:
@@ -133,8 +134,8 @@ def evaluate_clients(
     """Scores the clients' present models.
 
     Between rounds: own tasks, the strategy's own view, ``round_samples`` samples. After the last
-    round: also the others' tasks and the further views that the configuration asks for. Scores
-    that are ``known`` are left out.
+    round: all samples, also ``others_samples`` of each of the others' tasks, and the further views
+    that the configuration asks for. Scores that are ``known`` are left out.
 
     Returns:
         Whether all is done; False if ``should_stop`` said so before a task.
@@ -163,7 +164,8 @@ def evaluate_clients(
     for done, (client, view, task) in enumerate(jobs, start=1):
         if should_stop():
             return False
-        samples = _test_samples(experiment, data, task, final=final)
+        is_own = task in client.manifest.tasks
+        samples = _test_samples(experiment, data, task, final=final, own=is_own)
         served = client.serve(view, task)
         if served.model.overlay != overlay or client is not last or not overlay:
             adapter = laid_over(client.state, served.model.overlay)

@@ -10,9 +10,10 @@ from pathlib import Path
 from fedml_plugin_fedmosaic.config.sections import Experiment
 from fedml_plugin_fedmosaic.core.cost import PUBLIC_SHARE
 from fedml_plugin_fedmosaic.core.errors import DataError
-from fedml_plugin_fedmosaic.core.rng import python_random
+from fedml_plugin_fedmosaic.core.rng import derive_seed, python_random
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, Sample
 from fedml_plugin_fedmosaic.data.public import public_split, samples_at
+from fedml_plugin_fedmosaic.data.stream import OnlineMemory, SeededDraws
 
 
 def batch_size(experiment: Experiment) -> int:
@@ -106,6 +107,32 @@ def shuffled_batches(
         rng.shuffle(epoch)
         order += epoch
     return [order[start : start + size] for start in range(0, num_steps * size, size)]
+
+
+def balanced_batches(
+    samples: Sequence[Sample], num_steps: int, size: int, seed: int, *path: int | str
+) -> list[list[Sample]]:
+    """Batches in which all answers of all tasks are equally frequent.
+
+    Args:
+        samples: at least one.
+        num_steps: batches.
+        size: samples of a batch.
+        seed: root seed.
+        path: names the draw.
+    """
+    count = len(samples)
+    memory = OnlineMemory(capacity=count, items=tuple(range(count)), counts=(0.0,) * count)
+    draws = SeededDraws(derive_seed(seed, *path), 0, 0)
+    _, batches = memory.draw(
+        (), num_steps, size, draws, lambda index: answer_group(samples[int(index)])
+    )
+    return [[samples[int(index)] for index in batch] for batch in batches]
+
+
+def answer_group(sample: Sample) -> str:
+    """Names the samples of a task with the same answer, for balanced batches."""
+    return f"{sample.task}\n{sample.answer}"
 
 
 def one_epoch(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedml_plugin_fedmosaic.core.errors import CheckpointError, DataError
-from fedml_plugin_fedmosaic.data.stream import OnlineMemory, SeededDraws, stream_only
+from fedml_plugin_fedmosaic.data.stream import OnlineMemory, SampleId, SeededDraws, stream_only
 
 
 def _draws(round_idx: int = 0, client_id: int = 0) -> SeededDraws:
@@ -101,3 +101,37 @@ def test_stream_only_keeps_the_order_and_repeats_when_short() -> None:
     assert stream_only(list("abc"), 2, 2) == (("a", "b"), ("c", "a"))
     with pytest.raises(DataError, match="from 0 samples"):
         stream_only([], 1, 1)
+
+
+def _first_letter(item: SampleId) -> str:
+    return str(item)[0]
+
+
+def test_balanced_batches_use_all_groups_equally_and_spread_over_their_samples() -> None:
+    ids = [
+        f"{group}{index}"
+        for group, count in (("a", 40), ("b", 8), ("c", 2))
+        for index in range(count)
+    ]
+    held = OnlineMemory(capacity=50, items=tuple(ids), counts=(0.0,) * 50)
+    _, batches = held.draw((), 60, 4, _draws(), _first_letter)
+    drawn = Counter(str(item) for batch in batches for item in batch)
+    by_group = Counter(str(item)[0] for batch in batches for item in batch)
+    assert sum(by_group.values()) == 240
+    assert max(by_group.values()) - min(by_group.values()) <= 4
+    assert set(drawn) == set(ids)
+    assert max(drawn[item] for item in ids[:40]) <= 4
+    plain = Counter(str(item)[0] for batch in held.draw((), 60, 4, _draws())[1] for item in batch)
+    assert plain["a"] > 3 * plain["b"]
+
+
+def test_a_group_that_arrives_late_does_not_make_up_for_what_it_missed() -> None:
+    ids = [*(f"a{index}" for index in range(20)), *(f"b{index}" for index in range(20))]
+    memory, batches = OnlineMemory(capacity=40).draw(ids, 40, 4, _draws(), _first_letter)
+    assert all(str(item)[0] == "a" for batch in batches[:20] for item in batch)
+    late = Counter(str(item)[0] for batch in batches[20:] for item in batch)
+    assert abs(late["a"] - late["b"]) <= 6
+    again = OnlineMemory.from_state(json.loads(json.dumps(memory.to_state())))
+    assert again.draw([], 3, 4, _draws(1), _first_letter) == memory.draw(
+        [], 3, 4, _draws(1), _first_letter
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fedml_plugin_fedmosaic.core.errors import DataError
 from fedml_plugin_fedmosaic.data.base import ClientData, FederatedData, TaskSpec
 from fedml_plugin_fedmosaic.runtime.arrivals import Arrivals
 from fedml_plugin_fedmosaic.runtime.attendance import Attendance, schedule_table
+from fedml_plugin_fedmosaic.runtime.supply import balanced_batches
 
 
 def _data(clients: int = 3) -> FederatedData:
@@ -121,3 +123,26 @@ def test_fields_of_the_samples_are_read(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"id": "0"', '"id": "0", "year": 1999, "tags": []'))
     data = load_drake(DataConfig(source="drake", root=str(tmp_path / "data"), scenario="tiny"))
     assert data.clients[0].train[0][0].attributes == (("year", 1999),)
+
+
+def test_the_balanced_stream_draws_rare_answers_as_often_as_frequent_ones() -> None:
+    data = _data(1)
+    samples = tuple(
+        replace(sample, turns=(sample.prompt, "rare" if index < 2 else "frequent"))
+        for index, sample in enumerate(data.clients[0].train[0])
+    )
+    client = replace(data.clients[0], train=(samples,))
+    drawn = {
+        stream: Counter(
+            sample.answer
+            for batch in Arrivals(client, _experiment(1, stream)).batches(0, 24)
+            for sample in batch
+        )
+        for stream in ("memory", "balanced")
+    }
+    assert drawn["memory"]["rare"] < drawn["memory"]["frequent"] / 3
+    half = sum(drawn["balanced"].values()) / 2
+    # Only one of the two answers may have arrived at first.
+    assert drawn["balanced"]["rare"] > half / 2
+    again = balanced_batches(samples, 30, 4, 0, "again")
+    assert Counter(sample.answer for batch in again for sample in batch)["rare"] in range(56, 65)
