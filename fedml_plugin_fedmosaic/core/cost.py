@@ -22,7 +22,10 @@ PLAIN = 1.0 + BACKWARD
 PLAIN_SAMPLES = 400
 """Samples of a round of plain local training: 100 steps of 4 samples."""
 
-PUBLIC_SHARE = 80 / PLAIN_SAMPLES
+PUBLIC_SAMPLES = 80
+"""Public samples of such a round."""
+
+PUBLIC_SHARE = PUBLIC_SAMPLES / PLAIN_SAMPLES
 """Public samples of a round relative to the samples of plain local training."""
 
 

@@ -250,28 +250,38 @@ class _BalancedWorking(_Working):
     ) -> None:
         super().__init__(memory, num_arrivals)
         self._group_of = group_of
-        self._uses: dict[str, float] = {}
+        self._numbers: dict[str, int] = {}
+        self._number_of: dict[SampleId, int] = {}
+        self._uses: dict[int, float] = {}
+
+    def _number(self, item: SampleId) -> int:
+        """The number of an item's group, looked up once per item."""
+        number = self._number_of.get(item)
+        if number is None:
+            number = self._numbers.setdefault(self._group_of(item), len(self._numbers))
+            self._number_of[item] = number
+        return number
 
     def batch(self, batch_size: int, draws: Draws) -> tuple[SampleId, ...]:
         counts = self._counts[: len(self._items)]
         counts *= _DECAY
-        names, codes = np.unique(
-            [self._group_of(item) for item in self._items], return_inverse=True
-        )
+        group_of = np.fromiter(map(self._number, self._items), dtype=np.int64)
+        groups = np.unique(group_of).tolist()
         start = min(self._uses.values(), default=0.0)
-        uses = np.array([self._uses.get(str(name), start) for name in names]) * _DECAY
+        uses = np.array([self._uses.get(group, start) for group in groups]) * _DECAY
         members: dict[int, NDArray[np.int64]] = {}
         chosen = []
         for _ in range(batch_size):
-            group = int(draws.choose(-uses / _TEMPERATURE, 1)[0])
+            index = int(draws.choose(-uses / _TEMPERATURE, 1)[0])
+            group = groups[index]
             if group not in members:
-                members[group] = np.flatnonzero(codes == group)
+                members[group] = np.flatnonzero(group_of == group)
             positions = members[group]
             position = positions[draws.choose(-counts[positions] / _TEMPERATURE, 1)[0]]
-            uses[group] += 1
+            uses[index] += 1
             counts[position] += 1
             chosen.append(self._items[position])
-        self._uses = dict(zip(map(str, names), uses.tolist(), strict=True))
+        self._uses = dict(zip(groups, uses.tolist(), strict=True))
         return tuple(chosen)
 
 

@@ -39,7 +39,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedml_plugin_fedmosaic.core.cost import Cost
+from fedml_plugin_fedmosaic.core.cost import PUBLIC_SAMPLES, Cost
 from fedml_plugin_fedmosaic.core.errors import PlanError
 from fedml_plugin_fedmosaic.core.types import (
     AdapterState,
@@ -87,7 +87,6 @@ from fedml_plugin_fedmosaic.strategies.vectors import (
 NOTE = "answers"
 BODY, HEAD = "body", "head"
 _PROBE, _MODEL = "answers", "model"
-_PUBLIC_SAMPLES = 80
 _LASTING = ("bodies", "counts", "gaps", "over")
 
 
@@ -97,7 +96,7 @@ class FedReMaOptions:
 
     head_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of the decoder layers, from the top, that is personalised; 1: all."""
-    probe_samples: Annotated[int, Field(ge=1, le=_PUBLIC_SAMPLES)] = 32
+    probe_samples: Annotated[int, Field(ge=1, le=PUBLIC_SAMPLES)] = 32
     """Public samples whose answers are compared."""
     projection: Annotated[int, Field(ge=1)] = 64
     """Numbers of the random projection of each answer's distribution."""
@@ -181,7 +180,7 @@ class FedReMa(StrategyBase):
     @property
     def cost(self) -> Cost:
         """Plain training, and the answers to some public samples."""
-        return Cost(public=self.options.probe_samples / _PUBLIC_SAMPLES)
+        return Cost(public=self.options.probe_samples / PUBLIC_SAMPLES)
 
     def init(self, manifests: Sequence[ClientManifest], seed: int) -> ServerState:
         """Remembers the clients, their vocabularies and the seed; nobody has answered yet.
