@@ -50,17 +50,19 @@ class DualLoraHandle(AdapterHandle):
     def __init__(self, model: Any, layers: Mapping[tuple[int, int, str], LoraLayer]) -> None:
         super().__init__(model)
         self._layers = dict(layers)
+        self._factors: dict[AdapterKey, Any] = {
+            AdapterKey(block, layer, module, branch, part): factor[branch.value]
+            for (block, layer, module), lora in self._layers.items()
+            for branch in _BOTH
+            for part, factor in ((Part.A, lora.lora_A), (Part.B, lora.lora_B))
+        }
+        self._view: View | None = None
         self._trainable: Set[Branch] = frozenset({Branch.LOCAL})
         self._scaling = self.shape()[1]
 
     def parameters(self) -> dict[AdapterKey, nn.Parameter]:
         """All adapter tensors of the model."""
-        return {
-            AdapterKey(block, layer, module, branch, part): factor[branch.value].weight
-            for (block, layer, module), lora in self._layers.items()
-            for branch in _BOTH
-            for part, factor in ((Part.A, lora.lora_A), (Part.B, lora.lora_B))
-        }
+        return {key: factor.weight for key, factor in self._factors.items()}
 
     def set_view(self, view: View) -> None:
         """Chooses the branches of the forward pass.
@@ -71,6 +73,9 @@ class DualLoraHandle(AdapterHandle):
         weights = _WEIGHTS.get(view)
         if weights is None and view is not View.BASE:
             raise AdapterError(f"dual LoRA has no view {view!r} in its layers")
+        if view is self._view:
+            return
+        self._view = view
         for lora in self._layers.values():
             lora.enable_adapters(weights is not None)
             if weights is not None:
