@@ -96,7 +96,9 @@ def command(
     for label, config in benchmark.configs.items():
         click.echo(f"{benchmark.title}: {label}")
         changes = (*config.overrides, *overrides)
-        spec = comparison_spec(config.cf, changes, benchmark.strategies, options)
+        spec = comparison_spec(
+            config.cf, changes, benchmark.strategies, options, benchmark.settings
+        )
         specs[label] = spec
         complete &= run_cells(spec, folder / label, options)
         if unseen and not options["dry_run"]:
@@ -106,6 +108,7 @@ def command(
     words = ["fedmosaic", "bench", name, "--strategies", ",".join(benchmark.strategies)]
     words += ["--seeds", str(options["seeds"])]
     words += [word for text in overrides for word in ("--set", text)]
+    words += [word for pair in options["own"] for word in ("--for", *pair)]
     _conclude(benchmark, specs, folder, shlex.join(words))
     if not complete:
         ctx.exit(LaunchError.exit_code)
@@ -136,7 +139,8 @@ def _chosen(benchmark: Benchmark, strategies: str | None, labels: tuple[str, ...
             raise ConfigError(f"--only: {unknown('experiment', label, list(benchmark.configs))}")
     configs = {k: v for k, v in benchmark.configs.items() if not labels or k in labels}
     names = benchmark.strategies if strategies is None else chosen_strategies(strategies)
-    return replace(benchmark, configs=configs, strategies=names)
+    settings = {name: own for name, own in benchmark.settings.items() if name in names}
+    return replace(benchmark, configs=configs, strategies=names, settings=settings)
 
 
 def _adapt(benchmark: Benchmark, spec: ComparisonSpec, folder: Path) -> None:

@@ -18,7 +18,7 @@ from fedml_plugin_fedmosaic.cli.job_options import as_overrides, job_options
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fedml_plugin_fedmosaic.launch.comparison import ComparisonSpec
+    from fedml_plugin_fedmosaic.launch.comparison import ComparisonSpec, Settings
     from fedml_plugin_fedmosaic.launch.sweep import SweepDriver
     from fedml_plugin_fedmosaic.launch.sweep_manifest import Entry
     from fedml_plugin_fedmosaic.launch.sweep_plan import SweepPlan
@@ -55,6 +55,14 @@ def cell_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Cells at once.  [default: 1 on this machine, 8 on a cluster]",
         ),
         click.option(
+            "--for",
+            "own",
+            type=(str, str),
+            multiple=True,
+            metavar="STRATEGY KEY=VALUE",
+            help="A learning rate or an option of one strategy only. May be repeated.",
+        ),
+        click.option(
             "--seeds",
             type=click.IntRange(min=1),
             default=3,
@@ -71,14 +79,22 @@ def comparison_spec(
     overrides: tuple[str, ...],
     strategies: tuple[str, ...],
     options: dict[str, Any],
+    settings: Settings | None = None,
 ) -> ComparisonSpec:
     """The comparison that the options ask for.
 
+    Args:
+        cf: configuration file; the bundled quickstart when None.
+        overrides: ``--set`` texts.
+        strategies: registry names.
+        options: of :func:`cell_options`.
+        settings: of single strategies, before those of ``--for``.
+
     Raises:
-        ConfigError: ``-np`` without MPI.
+        ConfigError: ``--for`` is written wrongly, or names something that may not differ.
     """
     from fedml_plugin_fedmosaic.config.layout import keys_of
-    from fedml_plugin_fedmosaic.launch.comparison import ComparisonSpec
+    from fedml_plugin_fedmosaic.launch.comparison import ComparisonSpec, parse_own
 
     jobs = {name: value for name, value in options.items() if name in keys_of("launcher")}
     jobs["type"] = jobs.get("type") or "local"
@@ -90,12 +106,16 @@ def comparison_spec(
         cores = os.cpu_count() or 1
         threads = max(1, cores // (count * (options["np"] or 1)))
         extra.append(f"{_LAUNCHER}.environment={{OMP_NUM_THREADS: '{threads}'}}")
+    own = {name: dict(changes) for name, changes in (settings or {}).items()}
+    for name, changes in parse_own(options["own"]).items():
+        own.setdefault(name, {}).update(changes)
     return ComparisonSpec(
         cf=cf,
         overrides=(*overrides, *extra),
         strategies=strategies,
         seeds=options["seeds"],
         max_parallel=count,
+        settings=own,
     )
 
 
@@ -175,7 +195,20 @@ def origin_of(spec: ComparisonSpec, title: str) -> Any:
     for text in spec.overrides:
         if not text.startswith(_LAUNCHER):
             words += ["--set", text]
+    words += own_words(spec.settings)
     return Origin(title=title, command=shlex.join(words), commit=commit_of())
+
+
+def own_words(settings: Settings) -> list[str]:
+    """Settings of single strategies as the command line takes them."""
+    from fedml_plugin_fedmosaic.launch.sweep_space import override
+
+    return [
+        word
+        for name, changes in settings.items()
+        for key, value in changes.items()
+        for word in ("--for", name, override(key, value))
+    ]
 
 
 def commit_of() -> str | None:

@@ -52,6 +52,7 @@ def command(
       fedmosaic compare --strategies local,fedmosaic --seeds 3
       fedmosaic compare --strategies all --jobs 2
       fedmosaic compare --cf mine.yaml --seeds 5 --run-dir runs/five --set comm_round=4
+      fedmosaic compare --cf mine.yaml --for fedmosaic learning_rate=4e-3
       fedmosaic compare --cf mine.yaml -np 4
       fedmosaic compare --cf mine.yaml --launcher slurm --partition gpu --time 4:00:00
     """

@@ -9,6 +9,8 @@ A benchmark is one YAML file: bundled in ``configs/benchmarks/``, or one's own::
       dynamic: ../drake_lite/dynamic.yaml
       static: {cf: ../drake_lite/dynamic.yaml, set: {data.split: static}}
     unseen: [unseen]                         # scenarios of tasks that no client has (optional)
+    settings:                                # what one strategy has for itself (optional)
+      fedmosaic: {learning_rate: 4.0e-3}
 """
 
 from __future__ import annotations
@@ -17,16 +19,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedml_plugin_fedmosaic.config.loader import bundled_folders
 from fedml_plugin_fedmosaic.config.messages import unknown
 from fedml_plugin_fedmosaic.config.yamlfile import Document, as_mapping, read_document
 from fedml_plugin_fedmosaic.core.errors import ConfigError
-from fedml_plugin_fedmosaic.launch.comparison import ALL, chosen_strategies
+from fedml_plugin_fedmosaic.launch.comparison import (
+    ALL,
+    Settings,
+    chosen_strategies,
+    own_settings,
+)
 from fedml_plugin_fedmosaic.launch.sweep_space import override
 
 FOLDER = "benchmarks"
-_KEYS = ("title", "strategies", "seeds", "configs", "unseen")
+_KEYS = ("title", "strategies", "seeds", "configs", "unseen", "settings")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -54,6 +62,7 @@ class Benchmark:
         seeds: number of seeds.
         configs: label -> experiment.
         unseen: scenarios of tasks that no client has.
+        settings: what single strategies have for themselves.
     """
 
     name: str
@@ -62,6 +71,7 @@ class Benchmark:
     seeds: int
     configs: Mapping[str, BenchmarkConfig]
     unseen: tuple[str, ...] = field(default=())
+    settings: Settings = field(default_factory=dict)
 
 
 def benchmark_files() -> dict[str, Path]:
@@ -98,6 +108,7 @@ def load_benchmark(name: str) -> Benchmark:
     names = _texts(document, "strategies", [ALL])
     unseen = _texts(document, "unseen", [])
     configs = _configs(document, path.resolve().parent)
+    settings = _settings(document)
     document.raise_problems()
     return Benchmark(
         name=path.stem,
@@ -106,6 +117,7 @@ def load_benchmark(name: str) -> Benchmark:
         seeds=seeds,
         configs=configs,
         unseen=tuple(unseen),
+        settings=settings,
     )
 
 
@@ -115,6 +127,23 @@ def _texts(document: Document, key: str, default: list[str]) -> list[str]:
         document.report((key,), f"must be a list of names (got {value!r})")
         return default
     return value
+
+
+def _settings(document: Document) -> Settings:
+    found: dict[str, Mapping[str, Any]] = {}
+    raw = as_mapping(document.data.get("settings", {}))
+    if raw is None:
+        document.report(("settings",), "must map strategies to keys and values")
+    for name, value in (raw or {}).items():
+        changes = as_mapping(value)
+        if not changes:
+            document.report(("settings", str(name)), f"must map keys to values (got {value!r})")
+            continue
+        try:
+            found |= own_settings((str(name), str(key), item) for key, item in changes.items())
+        except ConfigError as error:
+            document.report(("settings", str(name)), error.message)
+    return found
 
 
 def _configs(document: Document, folder: Path) -> dict[str, BenchmarkConfig]:

@@ -6,12 +6,15 @@ cells that are missing, have failed or were interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedml_plugin_fedmosaic.config.loader import load_experiment
+from fedml_plugin_fedmosaic.config.messages import unknown
+from fedml_plugin_fedmosaic.config.overrides import resolve_key
+from fedml_plugin_fedmosaic.config.yamlfile import parse_value
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
 from fedml_plugin_fedmosaic.launch.sweep_axes import ALGO_KEY, SEED_KEY
@@ -22,6 +25,11 @@ REFERENCE = "local"
 AXIS = "strategy"
 _BASE_KEY = "eval_args.evaluation.base"
 _COMPARE = "eval_args.evaluation.compare=[]"
+_OWN = ("optim_args.optim", "sketch_args.sketch", "strategy_args.strategy")
+_COMPUTE = tuple(f"{_OWN[0]}.{key}" for key in ("num_steps", "batch_size", "grad_accumulation"))
+
+Settings = Mapping[str, Mapping[str, Any]]
+"""Strategy -> full key path -> value: what only its cells get."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +42,7 @@ class ComparisonSpec:
         strategies: registry names, each once.
         seeds: number of seeds; they count up from the configuration's own.
         max_parallel: cells at once.
+        settings: what only one strategy's cells get, after ``overrides``.
     """
 
     cf: Path | None = None
@@ -41,6 +50,7 @@ class ComparisonSpec:
     strategies: tuple[str, ...] = ()
     seeds: int = 3
     max_parallel: int = 1
+    settings: Settings = field(default_factory=dict)
 
 
 def chosen_strategies(text: str) -> tuple[str, ...]:
@@ -63,21 +73,72 @@ def chosen_strategies(text: str) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(names), key=lambda name: name != REFERENCE))
 
 
+def own_settings(entries: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    """Checks what single strategies shall have for themselves, and joins it.
+
+    Args:
+        entries: (strategy, key in any spelling that ``--set`` takes, value); later ones count.
+
+    Raises:
+        ConfigError: the strategy or the key is not known, or the key is not one that strategies of
+            a comparison may differ in: it would change the data, the models or the compute.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for written, key, value in entries:
+        name = written.strip().lower()
+        if name not in STRATEGIES:
+            raise ConfigError(unknown("strategy", name, list(STRATEGIES)))
+        path = ".".join(map(str, resolve_key(key)))
+        if path in _COMPUTE or not path.startswith(tuple(f"{place}." for place in _OWN)):
+            raise ConfigError(
+                f"{name}: {path} must be the same for all strategies of a comparison",
+                hint="one strategy may have its own learning rates and schedule (optim_args), "
+                "sketch_args and strategy_args",
+            )
+        found.setdefault(name, {})[path] = value
+    return found
+
+
+def parse_own(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """``--for STRATEGY KEY=VALUE`` as :func:`own_settings` makes it.
+
+    Raises:
+        ConfigError: it is written otherwise, or is refused.
+    """
+    entries = []
+    for name, text in pairs:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--for {name} {text}: expected KEY=VALUE after the strategy",
+                hint="for example --for fedmosaic learning_rate=4e-3",
+            )
+        entries.append((name, key.strip(), parse_value(raw)))
+    return own_settings(entries)
+
+
 def make_comparison(spec: ComparisonSpec) -> SweepPlan:
     """Checks the configuration of every cell.
 
     The untouched base models are evaluated once per seed, by the first strategy's cells.
 
     Raises:
-        ConfigError: a key, a value or a combination is wrong; all are listed.
+        ConfigError: a key, a value or a combination is wrong (all are listed), or a strategy has
+            settings but no cells.
     """
+    idle = [name for name in spec.settings if name not in spec.strategies]
+    if idle:
+        raise ConfigError(
+            f"--for {idle[0]}: the strategy is not compared; these are: "
+            f"{', '.join(spec.strategies)}"
+        )
     overrides = (*spec.overrides, _COMPARE)
     base = load_experiment(spec.cf, overrides)
     first = base.common.random_seed
     levels: dict[str, Mapping[str, Any]] = {}
     for number, name in enumerate(spec.strategies):
         without_base = {_BASE_KEY: False} if number and base.evaluation.base else {}
-        levels[name] = {ALGO_KEY: name, **without_base}
+        levels[name] = {ALGO_KEY: name, **spec.settings.get(name, {}), **without_base}
     return make_plan(
         SweepSpec(
             cf=spec.cf,
@@ -85,6 +146,7 @@ def make_comparison(spec: ComparisonSpec) -> SweepPlan:
             grids=({AXIS: levels, SEED_KEY: list(range(first, first + spec.seeds))},),
             max_parallel=spec.max_parallel,
             grows=True,
+            free=(_BASE_KEY,),
         )
     )
 
@@ -98,4 +160,12 @@ def cell_folders(folder: Path, plan: SweepPlan) -> dict[str, dict[int, Path]]:
     return found
 
 
-__all__: Sequence[str] = ("ComparisonSpec", "cell_folders", "chosen_strategies", "make_comparison")
+__all__: Sequence[str] = (
+    "ComparisonSpec",
+    "Settings",
+    "cell_folders",
+    "chosen_strategies",
+    "make_comparison",
+    "own_settings",
+    "parse_own",
+)

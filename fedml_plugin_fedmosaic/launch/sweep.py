@@ -31,6 +31,7 @@ from fedml_plugin_fedmosaic.launch.sweep_manifest import (
     MISSING,
     Entry,
     Manifest,
+    check_entry,
     check_identity,
     entry_of,
     is_locked,
@@ -63,7 +64,8 @@ def open_sweep(folder: Path, plan: SweepPlan) -> Manifest:
     """The manifest of a folder, or a new one; nothing is written.
 
     Raises:
-        ConfigError: the folder holds another sweep.
+        ConfigError: the folder holds another sweep, or runs of the same name that were made with
+            other values.
         DataError: its manifest is damaged.
     """
     identity = plan.identity()
@@ -72,7 +74,10 @@ def open_sweep(folder: Path, plan: SweepPlan) -> Manifest:
         return Manifest(identity=identity, runs=[entry_of(point) for point in plan.points])
     check_identity(folder, manifest.identity, identity)
     if plan.spec.grows:
-        known = {entry.name for entry in manifest.runs}
+        known = {entry.name: entry for entry in manifest.runs}
+        for point in plan.points:
+            if point.name in known:
+                check_entry(folder, known[point.name], point.changes, plan.spec.free)
         manifest.runs += [entry_of(point) for point in plan.points if point.name not in known]
     return manifest
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,6 +179,35 @@ def check_identity(folder: Path, known: Mapping[str, Any], asked: Mapping[str, A
         raise ConfigError(
             "\n".join(lines),
             hint="the folder holds another sweep: choose another --dir, or ask for the same again",
+        )
+
+
+def check_entry(
+    folder: Path, known: Entry, asked: Mapping[str, Any], free: Collection[str] = ()
+) -> None:
+    """Refuses a run that is there under the same name with other values.
+
+    Args:
+        folder: of the sweep.
+        known: the run that is there.
+        asked: full key path -> value.
+        free: keys that may differ.
+
+    Raises:
+        ConfigError: they differ; every difference is named.
+    """
+    old = {key: value for key, value in known.changes.items() if key not in free}
+    new = {key: value for key, value in asked.items() if key not in free}
+    changed = [
+        f"{folder / known.folder}: {key}: there {_text(old.get(key))}, "
+        f"asked for {_text(new.get(key))}"
+        for key in sorted({*old, *new})
+        if old.get(key) != json.loads(json.dumps(new.get(key)))
+    ]
+    if changed:
+        raise ConfigError(
+            "\n".join(changed),
+            hint="choose another folder, or ask for the same again",
         )
 
 

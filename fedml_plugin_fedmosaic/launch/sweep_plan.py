@@ -52,6 +52,7 @@ class SweepSpec:
         objective: what ``tpe`` maximises, one of :data:`OBJECTIVES`.
         max_parallel: runs at once.
         grows: the folder may hold other runs of the same base: further values add runs to it.
+        free: keys whose values may differ from those of a run that is there already.
     """
 
     cf: Path | None = None
@@ -63,6 +64,7 @@ class SweepSpec:
     objective: str = "self"
     max_parallel: int = 8
     grows: bool = False
+    free: tuple[str, ...] = ()
 
     def space(self) -> tuple[Grid, ...]:
         """The grids as axes.

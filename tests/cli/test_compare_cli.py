@@ -62,6 +62,11 @@ def test_a_comparison_is_repaired_and_grows(cf: str, tmp_path: Path) -> None:
         assert (tmp_path / "cmp" / name).stat().st_size > 100
     assert "fedmosaic compare --cf tiny.yaml" in (tmp_path / "cmp/results.md").read_text()
 
+    # Neither do cells with other settings pass for those that are asked for.
+    own_rate = compare(cf, "local,fedmosaic", 2, "--for", "fedmosaic", "learning_rate=0.5")
+    assert own_rate.exit_code == 2
+    assert "strategy=fedmosaic,seed=1" in own_rate.stderr
+
     # Another experiment does not mix with it.
     other = compare(cf, "local", 2, "--set", "learning_rate=0.5")
     assert other.exit_code == 2
@@ -91,3 +96,21 @@ def test_what_cannot_be_compared_is_refused(cf: str, tmp_path: Path) -> None:
     assert dry.exit_code == 0
     assert "strategy=fedmosaic,seed=2" in dry.stdout
     assert not (tmp_path / "cmp").exists()
+
+
+def test_one_strategy_gets_its_own_learning_rate(cf: str, tmp_path: Path) -> None:
+    done = compare(cf, "local,fedavg", 1, "--for", "fedavg", "learning_rate=0.125")
+    assert done.exit_code == 0, done.output
+    rates = {
+        name: "learning_rate: 0.125"
+        in (tmp_path / f"cmp/runs/strategy={name},seed=1/config.yaml").read_text()
+        for name in ("local", "fedavg")
+    }
+    assert rates == {"local": False, "fedavg": True}
+    text = (tmp_path / "cmp/results.md").read_text()
+    assert "--for fedavg optim_args.optim.learning_rate=0.125" in text
+
+    refused = compare(cf, "local,fedavg", 1, "--for", "fedavg", "num_steps=9")
+    assert refused.exit_code == 2
+    assert "num_steps must be the same for all strategies" in refused.stderr
+    assert "Traceback" not in refused.stderr

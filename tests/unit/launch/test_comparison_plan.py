@@ -15,6 +15,7 @@ from fedml_plugin_fedmosaic.launch.comparison import (
     cell_folders,
     chosen_strategies,
     make_comparison,
+    parse_own,
 )
 from fedml_plugin_fedmosaic.launch.sweep import open_sweep
 from fedml_plugin_fedmosaic.launch.sweep_manifest import write_manifest
@@ -66,6 +67,61 @@ def test_a_folder_takes_further_strategies_and_seeds_of_the_same_base(tmp_path: 
         open_sweep(tmp_path, make_comparison(other))
 
 
+def with_own(*pairs: tuple[str, str]) -> ComparisonSpec:
+    return ComparisonSpec(strategies=("local", "fedmosaic"), seeds=1, settings=parse_own(pairs))
+
+
+def test_a_strategy_may_have_its_own_rates_and_options() -> None:
+    plan = make_comparison(
+        with_own(("FedMosaic", "learning_rate=4e-3"), ("fedmosaic", "strategy.temperature=0.1"))
+    )
+    rates = {cell.algo: cell.optim.learning_rate for cell in plan.experiments.values()}
+    assert rates == {"local": 1e-3, "fedmosaic": 4e-3}
+    options = {cell.algo: dict(cell.strategy) for cell in plan.experiments.values()}
+    assert options["fedmosaic"]["temperature"] == 0.1
+    assert "temperature" not in options["local"]
+    assert [point.name for point in plan.points] == [
+        "strategy=local,seed=0",
+        "strategy=fedmosaic,seed=0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (("fedmosaic", "num_steps=99"), "optim_args.optim.num_steps must be the same"),
+        (("fedmosaic", "optim.batch_size=1"), "batch_size must be the same"),
+        (("fedmosaic", "data.split=static"), "data_args.data.split must be the same"),
+        (("fedmosaic", "adapter.rank=64"), "adapter.rank must be the same"),
+        (("fedmosaik", "learning_rate=1"), "did you mean 'fedmosaic'"),
+        (("fedmosaic", "learning_rat=1"), "did you mean 'learning_rate'"),
+        (("fedmosaic", "learning_rate"), "expected KEY=VALUE"),
+    ],
+)
+def test_what_would_make_strategies_incomparable_is_refused(
+    pair: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_own([pair])
+
+
+def test_settings_of_a_strategy_without_cells_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--for fedavg: the strategy is not compared"):
+        make_comparison(with_own(("fedavg", "learning_rate=4e-3")))
+
+
+def test_a_cell_with_other_settings_is_not_taken_for_the_one_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    before = make_comparison(with_own(("fedmosaic", "learning_rate=4e-3")))
+    write_manifest(tmp_path, open_sweep(tmp_path, before))
+    assert len(open_sweep(tmp_path, before).runs) == 2
+    with pytest.raises(ConfigError) as error:
+        open_sweep(tmp_path, make_comparison(with_own(("fedmosaic", "learning_rate=2e-3"))))
+    for part in ("strategy=fedmosaic,seed=0", "learning_rate", "there 0.004", "asked for 0.002"):
+        assert part in error.value.message
+
+
 def test_the_bundled_benchmarks_can_be_read() -> None:
     found = benchmark_files()
     assert "quickstart" in found
@@ -81,10 +137,13 @@ def test_a_benchmark_file_is_checked_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "titel: x\nseeds: 0\nstrategies: local\nconfigs:\n  a b: none.yaml\n  c: none.yaml\n"
+        "settings:\n  fedmosaic: {num_steps: 3}\n  ditto: 4\n"
     )
     with pytest.raises(ConfigError) as error:
         load_benchmark(str(path))
     for part in ("mine.yaml:1", "'title'", "seeds", "strategies", "a b", "no file none.yaml"):
+        assert part in error.value.message
+    for part in ("mine.yaml:8", "num_steps must be the same", "mine.yaml:9", "got 4"):
         assert part in error.value.message
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
         load_benchmark("quickstarts")
@@ -96,9 +155,11 @@ def test_a_benchmark_of_ones_own_names_files_beside_it(tmp_path: Path) -> None:
     path.write_text(
         "strategies: [fedavg]\nconfigs:\n  one: one.yaml\n"
         "  two: {cf: one.yaml, set: {data.split: static}}\n"
+        "settings: {fedavg: {learning_rate: 0.5}}\n"
     )
     benchmark = load_benchmark(str(path))
     assert (benchmark.title, benchmark.seeds) == ("mine", 3)
+    assert benchmark.settings == {"fedavg": {"optim_args.optim.learning_rate": 0.5}}
     file = (tmp_path / "one.yaml").resolve()
     assert {label: config.cf for label, config in benchmark.configs.items()} == {
         "one": file,
