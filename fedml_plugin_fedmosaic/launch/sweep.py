@@ -76,8 +76,11 @@ def open_sweep(folder: Path, plan: SweepPlan) -> Manifest:
     if plan.spec.grows:
         known = {entry.name: entry for entry in manifest.runs}
         for point in plan.points:
-            if point.name in known:
-                check_entry(folder, known[point.name], point.changes, plan.spec.free)
+            entry = known.get(point.name)
+            if entry is not None and (folder / entry.folder / JOB_FILE).is_file():
+                check_entry(folder, entry, point.changes, plan.spec.free)
+            elif entry is not None:
+                entry.changes = dict(point.changes)
         manifest.runs += [entry_of(point) for point in plan.points if point.name not in known]
     return manifest
 

@@ -207,7 +207,7 @@ def check_entry(
     if changed:
         raise ConfigError(
             "\n".join(changed),
-            hint="choose another folder, or ask for the same again",
+            hint="choose another folder, remove that of the run, or ask for the same again",
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 from fedml_plugin_fedmosaic.config.loader import load_experiment
 from fedml_plugin_fedmosaic.core.errors import ConfigError
 from fedml_plugin_fedmosaic.core.registry import STRATEGIES
+from fedml_plugin_fedmosaic.launch.base import JOB_FILE
 from fedml_plugin_fedmosaic.launch.benchmarks import benchmark_files, load_benchmark
 from fedml_plugin_fedmosaic.launch.comparison import (
     ComparisonSpec,
@@ -115,9 +116,17 @@ def test_a_cell_with_other_settings_is_not_taken_for_the_one_that_is_asked_for(
 ) -> None:
     before = make_comparison(with_own(("fedmosaic", "learning_rate=4e-3")))
     write_manifest(tmp_path, open_sweep(tmp_path, before))
+    after = make_comparison(with_own(("fedmosaic", "learning_rate=2e-3")))
+    # As long as it has not started, it may be changed.
+    manifest = open_sweep(tmp_path, after)
+    assert len(manifest.runs) == 2
+    assert manifest.runs[1].changes["optim_args.optim.learning_rate"] == 2e-3
+    run_dir = tmp_path / "runs/strategy=fedmosaic,seed=0"
+    run_dir.mkdir(parents=True)
+    (run_dir / JOB_FILE).write_text("{}")
     assert len(open_sweep(tmp_path, before).runs) == 2
     with pytest.raises(ConfigError) as error:
-        open_sweep(tmp_path, make_comparison(with_own(("fedmosaic", "learning_rate=2e-3"))))
+        open_sweep(tmp_path, after)
     for part in ("strategy=fedmosaic,seed=0", "learning_rate", "there 0.004", "asked for 0.002"):
         assert part in error.value.message
 
