@@ -88,7 +88,10 @@ def own_settings(entries: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str,
         name = written.strip().lower()
         if name not in STRATEGIES:
             raise ConfigError(unknown("strategy", name, list(STRATEGIES)))
-        path = ".".join(map(str, resolve_key(key)))
+        try:
+            path = ".".join(map(str, resolve_key(key)))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error.message}", hint=error.hint) from error
         if path in _COMPUTE or not path.startswith(tuple(f"{place}." for place in _OWN)):
             raise ConfigError(
                 f"{name}: {path} must be the same for all strategies of a comparison",
@@ -114,7 +117,10 @@ def parse_own(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
                 hint="for example --for fedmosaic learning_rate=4e-3",
             )
         entries.append((name, key.strip(), parse_value(raw)))
-    return own_settings(entries)
+    try:
+        return own_settings(entries)
+    except ConfigError as error:
+        raise ConfigError(f"--for {error.message}", hint=error.hint) from error
 
 
 def make_comparison(spec: ComparisonSpec) -> SweepPlan:
