@@ -88,13 +88,10 @@ def own_settings(entries: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str,
         name = written.strip().lower()
         if name not in STRATEGIES:
             raise ConfigError(unknown("strategy", name, list(STRATEGIES)))
-        try:
-            path = ".".join(map(str, resolve_key(key)))
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error.message}", hint=error.hint) from error
+        path = ".".join(map(str, resolve_key(key)))
         if path in _COMPUTE or not path.startswith(tuple(f"{place}." for place in _OWN)):
             raise ConfigError(
-                f"{name}: {path} must be the same for all strategies of a comparison",
+                f"{path} must be the same for all strategies of a comparison",
                 hint="one strategy may have its own learning rates and schedule (optim_args), "
                 "sketch_args and strategy_args",
             )
@@ -108,7 +105,7 @@ def parse_own(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: it is written otherwise, or is refused.
     """
-    entries = []
+    found: dict[str, dict[str, Any]] = {}
     for name, text in pairs:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -116,11 +113,13 @@ def parse_own(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
                 f"--for {name} {text}: expected KEY=VALUE after the strategy",
                 hint="for example --for fedmosaic learning_rate=4e-3",
             )
-        entries.append((name, key.strip(), parse_value(raw)))
-    try:
-        return own_settings(entries)
-    except ConfigError as error:
-        raise ConfigError(f"--for {error.message}", hint=error.hint) from error
+        try:
+            own = own_settings([(name, key.strip(), parse_value(raw))])
+        except ConfigError as error:
+            raise ConfigError(f"--for {name} {text}: {error.message}", hint=error.hint) from error
+        for strategy, changes in own.items():
+            found.setdefault(strategy, {}).update(changes)
+    return found
 
 
 def make_comparison(spec: ComparisonSpec) -> SweepPlan:
@@ -136,7 +135,8 @@ def make_comparison(spec: ComparisonSpec) -> SweepPlan:
     if idle:
         raise ConfigError(
             f"--for {idle[0]}: the strategy is not compared; these are: "
-            f"{', '.join(spec.strategies)}"
+            f"{', '.join(spec.strategies)}",
+            hint="add it to --strategies",
         )
     overrides = (*spec.overrides, _COMPARE)
     base = load_experiment(spec.cf, overrides)

@@ -95,7 +95,7 @@ def test_a_strategy_may_have_its_own_rates_and_options() -> None:
         (("fedmosaic", "data.split=static"), "data_args.data.split must be the same"),
         (("fedmosaic", "adapter.rank=64"), "adapter.rank must be the same"),
         (("fedmosaik", "learning_rate=1"), "did you mean 'fedmosaic'"),
-        (("fedmosaic", "learning_rat=1"), "--for fedmosaic: .* did you mean 'learning_rate'"),
+        (("fedmosaic", "learning_rat=1"), "--for fedmosaic learning_rat=1: .* did you mean"),
         (("fedmosaic", "learning_rate"), "expected KEY=VALUE"),
     ],
 )
