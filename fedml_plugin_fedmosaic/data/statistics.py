@@ -1,4 +1,4 @@
-"""Means of repeated runs with confidence intervals, and tests of paired differences.
+"""Means of repeated runs with confidence intervals, tests of paired differences, diversity.
 
 Runs with equal seeds see the same data and the same base models, so two strategies are compared
 seed by seed: what a seed does to both cancels in the difference.
@@ -7,7 +7,7 @@ seed by seed: what a seed does to both cancels in the difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
@@ -100,6 +100,27 @@ def paired_p_value(differences: Sequence[float]) -> float | None:
     statistic = abs(mean) / (spread / math.sqrt(count))
     angle = math.atan(statistic / math.sqrt(count - 1))
     return min(1.0, max(0.0, 1.0 - _student_central(angle, count - 1)))
+
+
+def effective_number(weights: Iterable[float]) -> float | None:
+    """How many sources of equal weight would be as diverse as these.
+
+    The exponential of the Shannon entropy of the normalised weights: the diversity of order one
+    of Hill, "Diversity and evenness", Ecology 54, 1973. One source alone gives 1, equal weights
+    give their number; weights of 0 do not count.
+
+    Args:
+        weights: 0 or more each, of any sum.
+
+    Returns:
+        At least 1; None if no weight is above 0.
+    """
+    positive = [weight for weight in weights if weight > 0]
+    if not positive:
+        return None
+    total = math.fsum(positive)
+    shares = [weight / total for weight in positive]
+    return math.exp(-math.fsum(share * math.log(share) for share in shares))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

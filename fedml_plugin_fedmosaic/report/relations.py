@@ -12,6 +12,7 @@ from fedml_plugin_fedmosaic.report.network_plots import main_sources, network
 from fedml_plugin_fedmosaic.report.numbers import percent
 from fedml_plugin_fedmosaic.report.parts import Figure, Section
 from fedml_plugin_fedmosaic.report.records import ClientInfo
+from fedml_plugin_fedmosaic.report.strategy_metrics import others_number
 from fedml_plugin_fedmosaic.report.style import Cells
 from fedml_plugin_fedmosaic.report.tables import SummaryTable
 
@@ -130,8 +131,20 @@ def _sources_table(clients: Sequence[ClientInfo], matrix: Cells) -> SummaryTable
         top = [(w, j) for w, j in sorted(weights, key=lambda item: (-item[0], item[1])) if w > 0]
         shown = ", ".join(f"{clients[j].client_id} ({percent(w)} %)" for w, j in top[:3])
         inside = sum(w for w, j in weights if groups[j] == groups[i])
+        number = others_number(matrix[i], i)
         rows.append(
-            [str(client.client_id), client.label, groups[i], shown or "-", f"{percent(inside)} %"]
-        )
-    columns = ["client", "model", "group", "main sources", "weight inside\nits group"]
-    return SummaryTable(columns, rows, [], num_left=4)
+            [
+                str(client.client_id), client.label, groups[i], shown or "-",
+                f"{percent(inside)} %", "-" if number is None else f"{number:.1f}",
+            ]
+        )  # fmt: skip
+    columns = [
+        "client", "model", "group", "main sources", "weight inside\nits group",
+        "others that\ncount",
+    ]  # fmt: skip
+    note = (
+        "Others that count: so many sources of equal weight would be as diverse (exp of the "
+        "entropy of the weights for other clients). 1 is a single source; "
+        f"{len(clients) - 1} is a plain average of all others, and relevance has no say then."
+    )
+    return SummaryTable(columns, rows, [note], num_left=4)

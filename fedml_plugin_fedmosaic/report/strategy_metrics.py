@@ -13,6 +13,7 @@ from functools import cached_property
 
 from fedml_plugin_fedmosaic.core import events as ev
 from fedml_plugin_fedmosaic.data.metrics import a_auc
+from fedml_plugin_fedmosaic.data.statistics import effective_number
 from fedml_plugin_fedmosaic.report.learning import Stream, forgetting_of, forward_transfer_of
 
 _SERVER = "server"
@@ -28,6 +29,16 @@ def mean(values: Iterable[float]) -> float | None:
     """Arithmetic mean; None of nothing."""
     items = list(values)
     return sum(items) / len(items) if items else None
+
+
+def others_number(row: Sequence[float | None], receiver: int) -> float | None:
+    """Effective number of sources among the others in a row of mixing weights.
+
+    Args:
+        row: weights of all sources; None where unknown.
+        receiver: index of the client itself, whose weight for itself does not count.
+    """
+    return effective_number(value or 0.0 for j, value in enumerate(row) if j != receiver)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,16 @@ class StrategyMetrics:
         """Relevance and mixing weights by round index."""
         found = {e.round_idx: e for e in self.events if isinstance(e, ev.PlanMade)}
         return dict(sorted(found.items()))
+
+    @property
+    def effective_sources(self) -> float | None:
+        """How many others a client learns from in the last round; None if nobody mixes others.
+
+        Mean over the clients of :func:`others_number`.
+        """
+        weights = [plan.weights for plan in self.plans.values() if plan.weights is not None]
+        numbers = [others_number(row, i) for i, row in enumerate(weights[-1])] if weights else []
+        return mean(number for number in numbers if number is not None)
 
     @cached_property
     def groups(self) -> dict[int, dict[int, str]]:

@@ -242,6 +242,7 @@ def summary_record(run: Run) -> dict[str, Any]:
             "skipped_rounds": len(metrics.skipped),
             "uplink_bytes_per_client_and_round": metrics.bytes_per_client_round("uplink"),
             "downlink_bytes_per_client_and_round": metrics.bytes_per_client_round("downlink"),
+            "effective_sources": metrics.effective_sources,
             "groups": {str(c): name for c, name in groups[max(groups)].items()} if groups else None,
             "group_moves": len(metrics.group_moves) if groups else None,
             "flops": metrics.flops,

@@ -4,6 +4,7 @@ import pytest
 
 from fedml_plugin_fedmosaic.core.errors import ConfigError, DataError
 from fedml_plugin_fedmosaic.data.statistics import (
+    effective_number,
     holm,
     mean_interval,
     paired_p_value,
@@ -68,3 +69,12 @@ def test_holm_multiplies_by_the_tests_that_are_left() -> None:
 def test_marks_say_whether_a_difference_survives_the_correction() -> None:
     marks = significance_marks({"a": 0.01, "b": 0.04, "c": 0.2, "d": None})
     assert marks == {"a": "**", "b": "*", "c": "", "d": ""}
+
+
+def test_the_effective_number_counts_sources_of_equal_weight() -> None:
+    assert effective_number([0.25, 0.25, 0.0, 0.25, 0.25]) == pytest.approx(4)
+    assert effective_number([0.0, 3.0]) == 1.0
+    # Entropy of (1/2, 1/4, 1/4) is 1.5 bits; the sum of the weights does not matter.
+    assert effective_number([2.0, 1.0, 1.0]) == pytest.approx(2**1.5)
+    assert effective_number([0.0, 0.0]) is None
+    assert effective_number([]) is None

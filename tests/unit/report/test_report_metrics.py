@@ -7,8 +7,11 @@ import pytest
 
 from fedml_plugin_fedmosaic.core import events as ev
 from fedml_plugin_fedmosaic.core.errors import DataError
+from fedml_plugin_fedmosaic.report.html import write_report
 from fedml_plugin_fedmosaic.report.metrics import StrategyMetrics, load_run
 from fedml_plugin_fedmosaic.report.records import read_events
+from fedml_plugin_fedmosaic.report.relations import mixing
+from fedml_plugin_fedmosaic.report.tables import summary_record
 
 
 def evaluated(**changes) -> ev.Evaluated:
@@ -193,3 +196,38 @@ def test_the_main_strategy_without_a_configuration_is_the_last(make_run, tmp_pat
     folder = make_run(tmp_path / "run", num_clients=2, rounds=1)
     (folder / "config.yaml").unlink()
     assert load_run(folder).main == "fedmosaic"
+
+
+def test_sources_that_count_leave_out_the_client_itself_and_take_the_last_round():
+    def plan(round_idx, weights):
+        return ev.PlanMade(strategy="s", round_idx=round_idx, relevance=None, weights=weights)
+
+    third = 1 / 3
+    early = plan(0, ((0.0, 1.0, 0.0, 0.0),) * 4)
+    last = plan(
+        1,
+        (
+            (0.9, 0.05, 0.05, 0.0),  # two others alike, whatever it keeps of its own
+            (third, 0.0, third, third),  # three
+            (0.0, 1.0, 0.0, 0.0),  # one
+            (None, None, None, None),  # was not there
+        ),
+    )
+    assert StrategyMetrics("s", (last, early)).effective_sources == pytest.approx((2 + 3 + 1) / 3)
+    assert StrategyMetrics("s", (plan(0, None),)).effective_sources is None
+    assert StrategyMetrics("s", ()).effective_sources is None
+
+
+def test_the_page_and_the_summary_say_how_many_sources_count(make_run, tmp_path):
+    folder = make_run(tmp_path / "run")
+    run = load_run(folder)
+    section = mixing(run)
+    assert section is not None
+    assert section.table is not None
+    record = summary_record(run)["strategies"][run.main]
+    shown = [float(row[-1]) for row in section.table.rows]
+    assert section.table.columns[-1] == "others that\ncount"
+    assert sum(shown) / len(shown) == pytest.approx(record["effective_sources"], abs=0.05)
+    assert 1 <= record["effective_sources"] < len(run.clients) - 1
+    assert f"{len(run.clients) - 1} is a plain average" in section.table.notes[0]
+    assert "is a plain average" in write_report(folder).read_text(encoding="utf-8")
