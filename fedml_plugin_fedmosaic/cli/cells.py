@@ -230,14 +230,16 @@ def commit_of() -> str | None:
 
 
 def _describe(plan: SweepPlan, folder: Path) -> None:
-    from fedml_plugin_fedmosaic.launch.sweep import open_sweep
+    from fedml_plugin_fedmosaic.launch.sweep import open_sweep, refresh
 
     manifest = open_sweep(folder, plan)
+    refresh(folder, manifest, offline=True)
+    cells = [entry for entry in manifest.runs if entry.name in plan.experiments]
     click.echo(f"folder   {folder}")
-    click.echo(f"cells    {len(plan.points)}, at most {plan.spec.max_parallel} at once")
-    for entry in manifest.runs:
-        if entry.name in plan.experiments:
-            click.echo(f"  {entry.name:<40}  {entry.status}")
+    click.echo(f"cells    {len(cells)}, at most {plan.spec.max_parallel} at once")
+    click.echo(f"missing  {sum(entry.needs_start for entry in cells)} would start")
+    for entry in cells:
+        click.echo(f"  {entry.name:<40}  {entry.status}")
     click.echo("nothing was started or written (--dry-run)")
 
 

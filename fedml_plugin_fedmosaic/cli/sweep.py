@@ -145,7 +145,7 @@ def _default_folder(options: dict[str, Any], plan: SweepPlan) -> Path:
 
 
 def _describe(plan: SweepPlan, folder: Path) -> None:
-    from fedml_plugin_fedmosaic.launch.sweep import open_sweep
+    from fedml_plugin_fedmosaic.launch.sweep import open_sweep, refresh
 
     spec = plan.spec
     click.echo(f"folder   {folder}")
@@ -154,7 +154,10 @@ def _describe(plan: SweepPlan, folder: Path) -> None:
         click.echo(f"tpe      {spec.samples} configurations of {axes}, maximising {spec.objective}")
     else:
         manifest = open_sweep(folder, plan)
+        refresh(folder, manifest, offline=True)
+        waiting = sum(entry.needs_start for entry in manifest.runs)
         click.echo(f"runs     {len(manifest.runs)}, at most {spec.max_parallel} at once")
+        click.echo(f"missing  {waiting} would start")
         for entry in manifest.runs:
             click.echo(f"  {entry.name:<40}  {entry.status}")
     click.echo("nothing was submitted or written (--dry-run)")

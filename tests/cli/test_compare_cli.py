@@ -101,6 +101,10 @@ def test_what_cannot_be_compared_is_refused(cf: str, tmp_path: Path) -> None:
 def test_one_strategy_gets_its_own_learning_rate(cf: str, tmp_path: Path) -> None:
     done = compare(cf, "local,fedavg", 1, "--for", "fedavg", "learning_rate=0.125")
     assert done.exit_code == 0, done.output
+    dry = compare(
+        cf, "local,fedavg,ditto", 1, "--for", "fedavg", "learning_rate=0.125", "--dry-run"
+    )
+    assert "missing  1 would start" in dry.stdout
     rates = {
         name: "learning_rate: 0.125"
         in (tmp_path / f"cmp/runs/strategy={name},seed=1/config.yaml").read_text()

@@ -103,6 +103,23 @@ def test_mistakes_are_found_before_anything_is_submitted(
     assert not (tmp_path / "runs/sweep-tiny/sweep.json").exists()
 
 
+def test_a_dry_run_sees_that_a_run_was_removed(cf: str, tmp_path: Path) -> None:
+    arguments = ["sweep", "--cf", cf, "--dir", "s", "--launcher", "debug", "--grid", "seed=1,2"]
+    arguments += ["--set", "comm_round=1", "--set", "num_steps=1", "--set", "algo=local"]
+    first = invoke(*arguments)
+    assert first.exit_code == 0, first.output
+    before = (tmp_path / "s/sweep.json").read_bytes()
+    shutil.rmtree(tmp_path / "s/runs/seed=2")
+    dry = invoke(*arguments, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "missing  1 would start" in dry.stdout
+    assert [line.split() for line in dry.stdout.splitlines() if line.startswith("  seed=")] == [
+        ["seed=1", "COMPLETED"],
+        ["seed=2", "MISSING"],
+    ]
+    assert (tmp_path / "s/sweep.json").read_bytes() == before
+
+
 def test_another_sweep_in_the_same_folder_is_refused(cf: str, tmp_path: Path) -> None:
     arguments = ["sweep", "--cf", cf, "--dir", "s", "--launcher", "debug"]
     arguments += ["--set", "comm_round=1", "--set", "num_steps=1", "--set", "algo=local"]
