@@ -214,14 +214,18 @@ class _Working:
         self._counts[: len(memory.counts)] = memory.counts
 
     def add(self, item: SampleId, draws: Draws) -> None:
+        if len(self._items) >= self._capacity:
+            self._remove(draws.evict(len(self._items)))
+        self._append(item)
+
+    def _remove(self, gone: int) -> None:
         size = len(self._items)
-        if size >= self._capacity:
-            gone = draws.evict(size)
-            del self._items[gone]
-            self._counts[gone : size - 1] = self._counts[gone + 1 : size]
-            size -= 1
+        del self._items[gone]
+        self._counts[gone : size - 1] = self._counts[gone + 1 : size]
+
+    def _append(self, item: SampleId) -> None:
+        self._counts[len(self._items)] = 0
         self._items.append(item)
-        self._counts[size] = 0
 
     def batch(self, batch_size: int, draws: Draws) -> tuple[SampleId, ...]:
         counts = self._counts[: len(self._items)]
@@ -251,22 +255,27 @@ class _BalancedWorking(_Working):
         super().__init__(memory, num_arrivals)
         self._group_of = group_of
         self._numbers: dict[str, int] = {}
-        self._number_of: dict[SampleId, int] = {}
         self._uses: dict[int, float] = {}
+        self._groups = np.zeros(len(self._counts), dtype=np.int64)
+        self._groups[: len(self._items)] = [self._number(item) for item in self._items]
 
     def _number(self, item: SampleId) -> int:
-        """The number of an item's group, looked up once per item."""
-        number = self._number_of.get(item)
-        if number is None:
-            number = self._numbers.setdefault(self._group_of(item), len(self._numbers))
-            self._number_of[item] = number
-        return number
+        return self._numbers.setdefault(self._group_of(item), len(self._numbers))
+
+    def _remove(self, gone: int) -> None:
+        size = len(self._items)
+        super()._remove(gone)
+        self._groups[gone : size - 1] = self._groups[gone + 1 : size]
+
+    def _append(self, item: SampleId) -> None:
+        self._groups[len(self._items)] = self._number(item)
+        super()._append(item)
 
     def batch(self, batch_size: int, draws: Draws) -> tuple[SampleId, ...]:
         counts = self._counts[: len(self._items)]
         counts *= _DECAY
-        group_of = np.fromiter(map(self._number, self._items), dtype=np.int64)
-        groups = np.unique(group_of).tolist()
+        group_of = self._groups[: len(self._items)]
+        groups = np.flatnonzero(np.bincount(group_of)).tolist()
         start = min(self._uses.values(), default=0.0)
         uses = np.array([self._uses.get(group, start) for group in groups]) * _DECAY
         members: dict[int, NDArray[np.int64]] = {}

@@ -125,6 +125,20 @@ def test_balanced_batches_use_all_groups_equally_and_spread_over_their_samples()
     assert plain["a"] > 3 * plain["b"]
 
 
+def test_balanced_batches_stay_balanced_when_samples_are_forgotten() -> None:
+    # Two thirds a, one third b, shuffled; the memory is full from the start, so that every arrival
+    # pushes a sample of either group out, at any position.
+    held = OnlineMemory(
+        capacity=12, items=tuple(f"{'aab'[i % 3]}{i}" for i in range(12)), counts=(0.0,) * 12
+    )
+    arrivals = [f"{'aba'[i % 3]}{i}" for i in range(100, 190)]
+    memory, batches = held.draw(arrivals, 90, 2, _draws(), _first_letter)
+    drawn = Counter(str(item)[0] for batch in batches for item in batch)
+    assert abs(drawn["a"] - drawn["b"]) <= 2
+    assert len(memory.items) == 12
+    assert set(memory.items) <= {*held.items, *arrivals}
+
+
 def test_a_group_that_arrives_late_does_not_make_up_for_what_it_missed() -> None:
     ids = [*(f"a{index}" for index in range(20)), *(f"b{index}" for index in range(20))]
     memory, batches = OnlineMemory(capacity=40).draw(ids, 40, 4, _draws(), _first_letter)
