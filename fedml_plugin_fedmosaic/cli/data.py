@@ -22,8 +22,14 @@ for _command in (show, stats, verify):
 
 @command.command()
 @config_options
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Optimizer steps of each training.  [default: six times those of one client in the run]",
+)
 @debug_option
-def headroom(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
+def headroom(*, cf: Path | None, overrides: tuple[str, ...], steps: int | None) -> None:
     """Measure what there is to learn, per task.
 
     Prints the majority baseline, a model that sees no images, the base model, and central
@@ -32,7 +38,7 @@ def headroom(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
     \b
     Examples:
       fedmosaic data headroom
-      fedmosaic data headroom --cf mine.yaml --set optim.num_steps=50
+      fedmosaic data headroom --cf mine.yaml --steps 300
     """
     from rich.console import Console
 
@@ -45,9 +51,9 @@ def headroom(*, cf: Path | None, overrides: tuple[str, ...]) -> None:
     console = Console()
     if console.is_terminal:
         with LiveProgress(console) as live:
-            table = measure(experiment, (live,))
+            table = measure(experiment, (live,), num_steps=steps)
     else:
-        table = measure(experiment, ())
+        table = measure(experiment, (), num_steps=steps)
     print_table(table, console)
 
 

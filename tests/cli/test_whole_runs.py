@@ -103,3 +103,24 @@ def test_export_writes_an_adapter_folder(cf: str, tmp_path: Path) -> None:
     }
     assert invoke("export", "out", "--client", "9", "--out", "other").exit_code == 2
     assert invoke("export", "nowhere", "--client", "0", "--out", "other").exit_code == 2
+
+
+def test_headroom_measures_every_task_and_model_with_as_many_steps_as_asked(
+    cf: str, tmp_path: Path
+) -> None:
+    arguments = ["data", "headroom", "--cf", cf, "--set", "learning_rate=0.05"]
+    short, long = (invoke(*arguments, "--steps", steps) for steps in ("1", "12"))
+    assert (short.exit_code, long.exit_code) == (0, 0), short.stderr + long.stderr
+    # The paragraph may be wrapped at the terminal's width.
+    assert "lora on all of them, 12 steps;" in " ".join(long.stdout.lower().split())
+    rows = {line.split()[0]: line.split()[1:] for line in long.stdout.splitlines() if line.strip()}
+    tasks = [name for name in rows if name.startswith("Pets")]
+    assert len(tasks) == 3
+    for name in (*tasks, "mean"):
+        numbers = [float(text) for text in rows[name] if "." in text]
+        # Majority; blind, base and central of the small and of the large model.
+        assert len(numbers) == 7
+        assert all(0 <= number <= 100 for number in numbers)
+    assert short.stdout.split("mean")[1] != long.stdout.split("mean")[1]
+    assert invoke(*arguments, "--steps", "0").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
