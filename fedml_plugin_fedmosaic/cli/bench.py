@@ -105,8 +105,10 @@ def command(
             _adapt(benchmark, spec, folder / label)
     if options["dry_run"]:
         return
-    words = ["fedmosaic", "bench", name, "--strategies", ",".join(benchmark.strategies)]
-    words += ["--seeds", str(options["seeds"])]
+    words = ["fedmosaic", "bench", name]
+    words += [word for label in labels for word in ("--only", label)]
+    words += ["--strategies", ",".join(benchmark.strategies)]
+    words += ["--seeds", str(options["seeds"]), *(["--unseen"] if unseen else [])]
     words += [word for text in overrides for word in ("--set", text)]
     words += [word for pair in options["own"] for word in ("--for", *pair)]
     _conclude(benchmark, specs, folder, shlex.join(words))

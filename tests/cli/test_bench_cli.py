@@ -47,6 +47,8 @@ def test_a_benchmark_ends_in_a_leaderboard(folder: Path) -> None:
     out = folder / "runs/bench-tiny"
     record = json.loads((out / "results.json").read_text())
     assert set(record["mean_rank"]) == {"local", "fedavg"}
+    names = "--strategies local,fedavg --seeds 1"
+    assert record["command"] == f"fedmosaic bench tiny.yaml --only once {names} --unseen"
     once = record["experiments"]["once"]
     assert once["seeds"] == [1]
     assert set(once["unseen"]) == {"local", "fedavg"}
