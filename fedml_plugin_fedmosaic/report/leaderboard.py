@@ -127,7 +127,9 @@ def _gains(comparisons: Comparisons) -> Section | None:
     panels = {label: items for label, items in panels.items() if len(items) == most}
     if not panels:
         return None
-    svg = plots.intervals(panels, xlabel="points", label="Gain over local", zero=True)
+    svg = plots.intervals(
+        panels, xlabel="points", label="Gain over local", zero=True, one_scale=True
+    )
     caption = "Mean and 95 % confidence interval over the seeds; strokes are single seeds."
     return Section("gains", f"Self against {REFERENCE}", figures=(Figure(svg, caption),))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -19,6 +20,10 @@ from fedml_plugin_fedmosaic.report.style import (
     to_svg,
 )
 
+_WIDTH = 6.6
+"""Inches that panels share beside the names."""
+_CHARACTER = 0.085
+"""Inches of a title's character, on average and a little more."""
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 
@@ -161,23 +166,34 @@ def intervals(
     xlabel: str,
     label: str,
     zero: bool = False,
+    one_scale: bool = False,
 ) -> str:
     """Means with confidence intervals and the single values behind them, one panel a group.
+
+    Panels stand in one row, or in several where their titles need the room.
 
     Args:
         groups: panel title -> (name, mean, half width or None, values).
         xlabel: axis label with its unit.
         label: what the figure shows, for screen readers.
         zero: draw a line at zero (for differences).
+        one_scale: the panels show the same measure, on one scale.
 
     Returns:
         An SVG element.
     """
     height = max((len(items) for items in groups.values()), default=1)
+    fitting = _WIDTH // (0.3 + _CHARACTER * max(map(len, groups), default=1))
+    num_rows = math.ceil(len(groups) / max(1, fitting))
+    num_columns = math.ceil(len(groups) / max(1, num_rows))
     with mpl.rc_context(STYLE):
-        figure = new_figure(7.4, 0.42 * height + 1.0)
-        panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-        for axes, (title, items) in zip(panels, groups.items(), strict=True):
+        figure = new_figure(7.4, (0.42 * height + 1.0) * num_rows)
+        panels = figure.subplots(
+            num_rows, num_columns, squeeze=False, sharey=True, sharex=one_scale
+        ).flatten()
+        for axes in panels[len(groups) :]:
+            axes.remove()
+        for axes, (title, items) in zip(panels, groups.items(), strict=False):
             for place, (_, centre, half, values) in enumerate(items):
                 colour = COLOURS[place % len(COLOURS)]
                 axes.plot(values, [place] * len(values), "|", color=colour, alpha=0.6, ms=9)
@@ -186,6 +202,7 @@ def intervals(
             axes.set_ylim(len(items) - 0.5, -0.5)
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_xlabel(xlabel)
+            axes.xaxis.set_tick_params(labelbottom=True)
             axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.7)
             if zero:
                 axes.axvline(0, color=INK, linewidth=0.9)

@@ -9,6 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from fedml_plugin_fedmosaic.report import plots
 from fedml_plugin_fedmosaic.report.cells import Cells, Joined, join_cells
 from fedml_plugin_fedmosaic.report.leaderboard import (
     leaderboard_table,
@@ -150,3 +151,28 @@ def test_the_leaderboard_ranks_over_the_experiments(joined, cells, tmp_path):
     assert set(record["experiments"]) == {"static", "dynamic"}
     assert record["experiments"]["dynamic"]["seeds"] == [4]
     assert text.read_text().startswith("## Bench\n")
+
+
+def _axes_of(svg: str) -> list[str]:
+    return re.findall(r'id="panels-axes_(\d+)"', svg)
+
+
+def _height(svg: str) -> float:
+    return float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[0])
+
+
+def test_panels_with_long_titles_take_several_rows() -> None:
+    items = [("fedavg", -5.0, 2.0, [-6.0, -4.0]), ("fedmosaic", 1.0, None, [1.0])]
+
+    def drawn(*titles: str, one_scale: bool = False) -> str:
+        groups = dict.fromkeys(titles, items)
+        return plots.intervals(groups, xlabel="points", label="panels", one_scale=one_scale)
+
+    short = drawn("Self", "Others", "A_AUC", "worst client")
+    titles = [f"{word}-heterogeneous" for word in ("static", "dynamic", "early", "late", "mixed")]
+    long = drawn(*titles, one_scale=True)
+    assert len(_axes_of(short)) == 4
+    assert len(_axes_of(long)) == 5
+    assert _height(long) > 1.5 * _height(short)
+    assert all(title in long for title in titles)
+    assert _height(drawn("one title that is much longer than the page is wide " * 3)) > 0
