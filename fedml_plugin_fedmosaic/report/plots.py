@@ -193,7 +193,7 @@ def intervals(
         ).flatten()
         for axes in panels[len(groups) :]:
             axes.remove()
-        for axes, (title, items) in zip(panels, groups.items(), strict=False):
+        for axes, (title, items) in zip(panels[: len(groups)], groups.items(), strict=True):
             for place, (_, centre, half, values) in enumerate(items):
                 colour = COLOURS[place % len(COLOURS)]
                 axes.plot(values, [place] * len(values), "|", color=colour, alpha=0.6, ms=9)
