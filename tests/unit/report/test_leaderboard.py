@@ -175,4 +175,16 @@ def test_panels_with_long_titles_take_several_rows() -> None:
     assert len(_axes_of(long)) == 5
     assert _height(long) > 1.5 * _height(short)
     assert all(title in long for title in titles)
-    assert _height(drawn("one title that is much longer than the page is wide " * 3)) > 0
+    assert len(_axes_of(drawn("a title that is wider than the page " * 4, "Self"))) == 2
+
+
+def test_panels_share_a_scale_only_if_asked() -> None:
+    far, near = [("a", -80.0, None, [-80.0, -60.0])], [("a", 1.0, None, [1.0, 2.0])]
+
+    def ticks(*, one_scale: bool) -> int:
+        groups = {"far": far, "near": near}
+        svg = plots.intervals(groups, xlabel="points", label="panels", one_scale=one_scale)
+        return len(re.findall("[\u2212-]80<", svg))
+
+    assert ticks(one_scale=False) == 1
+    assert ticks(one_scale=True) == 2
